@@ -1,0 +1,66 @@
+"""The router's settings: names, defaults, help and limits.
+
+Owns nothing else: where a value comes from (flag, environment, file) is cli's business.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class RouterConfig(BaseModel):
+    """Settings of one router process."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(description="Folder, short name or hub id of the model to serve.")
+    served_model_name: tuple[str, ...] = Field(
+        default=(), description="Name in the API, then aliases. Default: the folder's name."
+    )
+    host: str = Field(default="127.0.0.1", description="Address of the public gRPC port.")
+    port: int = Field(default=50051, ge=0, le=65535, description="Public gRPC port; 0 picks one.")
+    admin_host: str = Field(default="127.0.0.1", description="Address of the AdminService.")
+    admin_port: int = Field(
+        default=50052, ge=0, le=65535, description="AdminService port; 0 picks one."
+    )
+    worker_link: str = Field(
+        default="tcp://127.0.0.1:50053", description="Where workers connect: tcp:// or ipc://."
+    )
+    worker_keys: Path | None = Field(
+        default=None, description="Folder of CURVE keys made by `mili keygen`."
+    )
+    insecure_worker_link: bool = Field(
+        default=False, description="Allow a worker link beyond loopback without keys."
+    )
+    pipeline_depth: int = Field(
+        default=2, ge=1, le=8, description="Step commands in flight per worker group."
+    )
+    max_queued_requests: int = Field(
+        default=1024, ge=1, description="Requests that may wait; more are refused."
+    )
+    worker_timeout: float = Field(
+        default=1.0, gt=0, description="Seconds without progress until a worker is lost."
+    )
+    recovery_timeout: float = Field(
+        default=60.0, ge=0, description="Seconds a request waits for a worker before it fails."
+    )
+    drain_timeout: float = Field(
+        default=30.0, ge=0, description="Seconds that running requests get at shutdown."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least severe log line to print."
+    )
+    log_format: Literal["console", "json"] = Field(
+        default="console", description="console for people, json for machines."
+    )
+
+    @model_validator(mode="after")
+    def _check_ports(self) -> Self:
+        if self.port == self.admin_port != 0 and self.host == self.admin_host:
+            raise ValueError(
+                f"port and admin_port are both {self.port} on {self.host}: they must differ"
+            )
+        return self

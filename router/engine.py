@@ -1,0 +1,280 @@
+"""Engine: from submitted requests to batches of outputs, over all worker groups.
+
+Owns every live request, where it runs, and what happens to it when its worker is lost. Does not
+know sockets, protobuf of the public API, or asyncio: it is called with events and calls back with
+values, so that API front ends could be processes of their own and a test can drive the clock.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import structlog
+
+from mili.internal.v1.step_pb2 import StepCommand, StepResult
+from mili.router.errors import Reason, RequestError
+from mili.router.placement import place
+from mili.router.request import (
+    Finish,
+    Finished,
+    FinishReason,
+    GenerationParams,
+    Request,
+    RequestOutput,
+    Started,
+    TextOutput,
+    Timing,
+)
+from mili.router.scheduler import Limits, Scheduler
+from mili.router.worker_group import WorkerGroup
+
+# What a client should wait before it asks again when no worker serves: about a worker's restart.
+RETRY_AFTER = 1.0
+# Deaths of the worker under a lone suspect, without a token between, that make it the cause.
+MAX_STRIKES = 2
+
+Deliver = Callable[[list[RequestOutput]], None]
+Clock = Callable[[], float]
+MakeText = Callable[[GenerationParams], TextOutput | None]
+
+log = structlog.get_logger()
+
+
+class Engine:
+    """Implements router.workers.WorkerEvents: on_ready, on_result, on_lost.
+
+    clock: monotonic seconds. deliver: gets the outputs of a step; exactly one output of a request
+    has `finished`, and its id is free from then on.
+    """
+
+    def __init__(
+        self,
+        *,
+        model_context_limit: int,
+        pipeline_depth: int,
+        max_queued_requests: int,
+        recovery_timeout: float,
+        make_text: MakeText,
+        deliver: Deliver,
+        clock: Clock,
+    ) -> None:
+        self._model_context_limit = model_context_limit
+        self._pipeline_depth = pipeline_depth
+        self._max_queued = max_queued_requests
+        self._recovery_timeout = recovery_timeout
+        self._make_text = make_text
+        self._deliver = deliver
+        self._clock = clock
+        self._groups: dict[str, WorkerGroup] = {}  # those that serve
+        self._schedulers: dict[str, Scheduler] = {}  # by the same names
+        self._requests: dict[str, Request] = {}
+        # Without a worker group, in order: their worker was lost and no other serves.
+        self._homeless: OrderedDict[str, Request] = OrderedDict()
+
+    @property
+    def context_limit(self) -> int:
+        """Tokens of prompt and output together that every serving group can hold."""
+        limits = (scheduler.context_limit for scheduler in self._schedulers.values())
+        return min(limits, default=self._model_context_limit)
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a KV block; 0 while no worker serves."""
+        return next((group.limits.block_size for group in self._groups.values()), 0)
+
+    @property
+    def is_serving(self) -> bool:
+        return bool(self._groups)
+
+    @property
+    def num_live(self) -> int:
+        return len(self._requests)
+
+    @property
+    def num_queued(self) -> int:
+        waiting = sum(len(scheduler.waiting) for scheduler in self._schedulers.values())
+        return waiting + len(self._homeless)
+
+    def scheduler_of(self, group: str) -> Scheduler | None:
+        """The scheduler of a group that serves: for looking, not for changing."""
+        return self._schedulers.get(group)
+
+    def submit(self, request_id: str, params: GenerationParams) -> None:
+        """Take a request; raise RequestError when that is impossible now."""
+        assert request_id not in self._requests
+        if not self._groups:
+            raise RequestError(
+                Reason.NO_WORKERS, "no worker serves at the moment", retry_after=RETRY_AFTER
+            )
+        if self.num_queued >= self._max_queued:
+            raise RequestError(
+                Reason.QUEUE_FULL,
+                f"{self.num_queued} requests wait already, of at most {self._max_queued}",
+                retry_after=RETRY_AFTER,
+            )
+        if len(params.prompt_token_ids) >= self.context_limit:
+            raise RequestError(
+                Reason.CONTEXT_TOO_LONG,
+                f"the prompt has {len(params.prompt_token_ids)} tokens; at most "
+                f"{self.context_limit - 1} fit",
+                field="generation.prompt",
+            )
+        request = Request(
+            request_id,
+            params,
+            context_limit=self.context_limit,
+            text=self._make_text(params),
+            now=self._clock(),
+        )
+        self._requests[request_id] = request
+        self._place([request])
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request with CANCELLED; False when it is not live."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        request.end(Finish(FinishReason.CANCELLED))
+        if self._homeless.pop(request_id, None) is None:
+            self._schedulers[request.worker].abort(request)
+        started = self._pump(request.worker) if request.worker in self._groups else []
+        self._deliver([self._output(request), *started])
+        return True
+
+    def tick(self) -> None:
+        """Give up requests that have waited for a worker for too long. Call it now and then."""
+        now = self._clock()
+        expired = [
+            request
+            for request in self._homeless.values()
+            if now - request.waiting_since > self._recovery_timeout
+        ]
+        for request in expired:
+            del self._homeless[request.request_id]
+            waited = f"its worker was lost, and none took over within {self._recovery_timeout:g} s"
+            request.fail(Reason.WORKER_LOST, waited, retry_after=RETRY_AFTER)
+        if expired:
+            self._deliver([self._output(request) for request in expired])
+
+    def on_ready(self, group: WorkerGroup) -> None:
+        """A worker group serves from now on, with an empty cache."""
+        limits = group.limits
+        self._groups[group.name] = group
+        scheduler = self._schedulers[group.name] = Scheduler(
+            Limits(
+                num_blocks=limits.num_blocks,
+                block_size=limits.block_size,
+                max_rows=limits.max_rows,
+                max_step_tokens=limits.max_step_tokens,
+                max_model_len=limits.max_model_len,
+            )
+        )
+        log.info(
+            "worker serves",
+            worker=group.name,
+            kv_tokens=(limits.num_blocks - 1) * limits.block_size,
+            context_limit=scheduler.context_limit,
+            max_sequences=scheduler.max_running,
+            tokens_per_step=limits.max_step_tokens,
+        )
+        homeless = list(self._homeless.values())
+        self._homeless.clear()
+        self._place(homeless)
+
+    def on_result(self, group: WorkerGroup, result: StepResult) -> None:
+        """A step is done: send the next before telling anyone."""
+        scheduler = self._schedulers[group.name]
+        news = scheduler.update(result)
+        started = self._pump(group.name)
+        self._deliver([*(self._output(request, token) for request, token in news), *started])
+
+    def on_lost(self, group: WorkerGroup, reason: str) -> None:
+        """A worker group is gone, and its cache with it: its requests go on elsewhere."""
+        del self._groups[group.name]
+        requests = self._schedulers.pop(group.name).evacuate()
+        log.warning("worker lost", worker=group.name, reason=reason, requests=len(requests))
+        now = self._clock()
+        poison = [request for request in requests if request.strikes >= MAX_STRIKES]
+        for request in poison:
+            request.fail(
+                Reason.POISON_REQUEST,
+                f"{MAX_STRIKES} workers died while computing this request and no other suspect",
+            )
+        if poison:
+            self._deliver([self._output(request) for request in poison])
+        orphans = [request for request in requests if request.finish is None]
+        for request in orphans:
+            request.waiting_since = now
+        self._place(orphans)
+
+    def _place(self, requests: Sequence[Request]) -> None:
+        """Give requests to worker groups, in order; what fits none waits for one."""
+        placed: dict[str, None] = {}
+        for request in requests:
+            name = place(request, self._schedulers)
+            if name is None:
+                self._homeless[request.request_id] = request
+                continue
+            request.worker = name
+            self._schedulers[name].add(request)
+            placed[name] = None
+        started = [output for name in placed for output in self._pump(name)]
+        if started:
+            self._deliver(started)
+
+    def _pump(self, name: str) -> list[RequestOutput]:
+        """Keep the pipeline of a group full; returns what to tell the requests that started."""
+        scheduler, group = self._schedulers[name], self._groups[name]
+        started: list[RequestOutput] = []
+        while len(scheduler.in_flight) < self._pipeline_depth:
+            command = scheduler.schedule()
+            if command is None:
+                break
+            group.send(command, self._clock())
+            started += self._started(scheduler, command)
+        return started
+
+    def _started(self, scheduler: Scheduler, command: StepCommand) -> list[RequestOutput]:
+        outputs: list[RequestOutput] = []
+        for admission in command.admissions:
+            request = scheduler.request_of_row(admission.row)
+            if request.admitted_at is None:
+                request.admitted_at = self._clock()
+                usage = request.usage
+                start = Started(usage.prompt_tokens, usage.cached_prompt_tokens)
+                outputs.append(RequestOutput(request.request_id, started=start))
+        return outputs
+
+    def _output(self, request: Request, token: int | None = None) -> RequestOutput:
+        """What to tell a request after a step; the last output takes it off the books."""
+        now = self._clock()
+        token_ids = () if token is None else (token,)
+        if token_ids and request.first_token_at is None:
+            request.first_token_at = now
+        finished = None
+        if request.finish is not None:
+            finished = Finished(request.finish, request.usage, _timing(request, now))
+            del self._requests[request.request_id]
+        return RequestOutput(
+            request.request_id,
+            token_ids=token_ids,
+            text=request.text.take() if request.text else "",
+            first_token_index=request.num_output_tokens - len(token_ids),
+            finished=finished,
+        )
+
+
+def _timing(request: Request, now: float) -> Timing:
+    admitted_at = request.admitted_at if request.admitted_at is not None else now
+    first_token_at = request.first_token_at if request.first_token_at is not None else now
+    return Timing(
+        queue=admitted_at - request.submitted_at,
+        prefill=first_token_at - admitted_at,
+        time_to_first_token=first_token_at - request.submitted_at,
+        decode=now - first_token_at,
+        total=now - request.submitted_at,
+        preemptions=request.num_preemptions,
+        recoveries=request.num_recoveries,
+        worker=request.worker,
+    )

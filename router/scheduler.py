@@ -1,0 +1,264 @@
+"""Scheduler: which tokens of which requests the next step computes, on one worker group.
+
+Owns the waiting and running requests of the group, their rows, and the steps in flight. Pure: no
+I/O, no clock, no threads; the same calls give the same commands.
+
+What holds (each has a test):
+1. Commands execute in the order sent, on one stream. An id freed now may be reused by any later
+   command: finish, abort and preempt release at once, and there is no draining state.
+2. A result belongs to the (request, admission) pairs captured when its command was sent. Of an
+   older admission only the sampled token counts. A preempted request is admitted again only when
+   none of its tokens is pending.
+3. Order is data: dicts in insertion order, never sets.
+4. The worker asserts `starts`: both sides cannot drift apart silently.
+5. After every call: free + cached + held + null = num_blocks. Block 0 and row 0 are never assigned.
+6. What is sampled is a function of the request, never of the batch.
+7. At least one token of an admission is computed, so that there is a logit. A block is published
+   when the result of the step that filled it is back without a fault.
+8. A request fits the pool alone (the context limit sees to it), and the oldest running request is
+   never preempted for a younger one: preemption ends.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from typing import NamedTuple
+
+from mili.internal.v1.step_pb2 import TASK_GENERATE, Admission, StepCommand, StepResult
+from mili.router.errors import Reason
+from mili.router.kv_cache import KVCacheManager
+from mili.router.request import Request
+
+
+class Limits(NamedTuple):
+    """What a worker group can do."""
+
+    num_blocks: int
+    block_size: int
+    max_rows: int
+    max_step_tokens: int
+    max_model_len: int
+
+
+class Scheduled(NamedTuple):
+    """One row of a step in flight, as it was when the command was made."""
+
+    request: Request
+    admission: int
+    # Positions that are computed once this step is done.
+    num_computed: int
+    samples: bool
+
+
+class StepInFlight(NamedTuple):
+    step: int
+    rows: list[Scheduled]
+
+
+class Scheduler:
+    """Continuous batching over one worker group's rows and blocks."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.kv = KVCacheManager(limits.num_blocks, limits.block_size)
+        # Tokens of a request that fits the pool alone.
+        self.context_limit = min(limits.max_model_len, (limits.num_blocks - 1) * limits.block_size)
+        self.max_step_tokens = limits.max_step_tokens
+        # One token a row must always fit the budget: nobody who runs ever starves.
+        self.max_running = min(limits.max_rows - 1, limits.max_step_tokens)
+        self.waiting: OrderedDict[str, Request] = OrderedDict()
+        self.running: OrderedDict[str, Request] = OrderedDict()
+        self.in_flight: deque[StepInFlight] = deque()
+        self._by_row: list[Request | None] = [None] * limits.max_rows
+        self._free_rows = list(range(limits.max_rows - 1, 0, -1))
+        self._steps = 0
+        self._admissions = 0
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Known tokens, of all requests, that no step has been asked to compute."""
+        requests = (*self.running.values(), *self.waiting.values())
+        return sum(len(request.token_ids) - request.num_computed for request in requests)
+
+    def add(self, request: Request) -> None:
+        """Queue a request, behind those that wait already."""
+        assert request.finish is None and request.request_id not in self.running
+        assert request.max_length <= self.context_limit
+        self.waiting[request.request_id] = request
+
+    def abort(self, request: Request) -> None:
+        """Forget a request that has ended; its row and blocks are free at once."""
+        assert request.finish is not None
+        if self.waiting.pop(request.request_id, None) is None:
+            self._leave(request)
+
+    def schedule(self) -> StepCommand | None:
+        """The next step, or None when there is nothing to compute now."""
+        command = StepCommand(step=self._steps + 1)
+        rows: list[Scheduled] = []
+        budget = self.max_step_tokens
+        for request in list(self.running.values()):
+            count = min(request.num_schedulable, budget)
+            if count > 0 and request.row and self._make_room(request, count, command):
+                budget -= self._compute(request, count, command, rows)
+        while budget > 0 and (admitted := self._admit(command)):
+            count = min(admitted.num_schedulable, budget)
+            budget -= self._compute(admitted, count, command, rows)
+        if not rows:
+            return None
+        self._steps += 1
+        self.in_flight.append(StepInFlight(self._steps, rows))
+        return command
+
+    def update(self, result: StepResult) -> list[tuple[Request, int | None]]:
+        """Take the result of the oldest step in flight.
+
+        Returns, in order, each request that has a new token (with the token) or failed (None);
+        `request.finish` says whether it has ended.
+        """
+        step = self.in_flight.popleft()
+        assert result.step == step.step, (result.step, step.step)
+        assert len(result.num_new) == len(step.rows)
+        faulty = {fault.index for fault in result.faults}
+        news: list[tuple[Request, int | None]] = []
+        cursor = 0
+        for index, row in enumerate(step.rows):
+            request = row.request
+            if row.samples:
+                request.num_pending -= 1
+            token = result.token_ids[cursor] if result.num_new[index] else None
+            cursor += result.num_new[index]
+            if request.finish is not None:
+                continue
+            self._take(row, token, index in faulty)
+            if token is not None or index in faulty:
+                news.append((request, token))
+        return news
+
+    def evacuate(self) -> list[Request]:
+        """The worker group is gone: give up everything; returns what must go elsewhere, in order.
+
+        Those in an executing step become suspects, and the only one gets a strike.
+        """
+        self._suspect()
+        requests = [*self.running.values(), *self.waiting.values()]
+        for request in requests:
+            request.num_recoveries += request.row > 0
+            request.row = request.admission = request.num_computed = request.num_pending = 0
+        return requests
+
+    def request_of_row(self, row: int) -> Request:
+        """The running request of a row of the command that was just made."""
+        request = self._by_row[row]
+        assert request is not None
+        return request
+
+    def check(self) -> None:
+        """Assert what holds between two calls; linear, for tests."""
+        self.kv.check()
+        rows = [request.row for request in self.running.values()]
+        assert 0 not in rows and len(set(rows)) == len(rows)
+        assert len(rows) + len(self._free_rows) == len(self._by_row) - 1
+        assert len(self.running) <= self.max_running
+        for request in (*self.running.values(), *self.waiting.values()):
+            assert request.finish is None and request.num_pending >= 0
+        assert not any(request.row or request.admission for request in self.waiting.values())
+
+    def _make_room(self, request: Request, count: int, command: StepCommand) -> bool:
+        """Grow the request's blocks, preempting the youngest; False when it was itself that."""
+        while (blocks := self.kv.grow(request, request.num_computed + count)) is None:
+            victim = next(reversed(self.running.values()))
+            self._preempt(victim)
+            if victim is request:
+                return False
+        command.block_rows.extend([request.row] * len(blocks))
+        command.block_ids.extend(blocks)
+        return True
+
+    def _admit(self, command: StepCommand) -> Request | None:
+        """Move the first waiting request to a row, if there is room for all its known tokens."""
+        request = next(iter(self.waiting.values()), None)
+        if request is None or len(self.running) >= self.max_running or request.num_pending:
+            return None
+        if request.suspect and any(other.suspect for other in self.running.values()):
+            return None
+        blocks = self.kv.admit(request, headroom=len(self.running))
+        if blocks is None:
+            return None
+        del self.waiting[request.request_id]
+        self.running[request.request_id] = request
+        self._admissions += 1
+        request.admission = self._admissions
+        request.row = self._free_rows.pop()
+        self._by_row[request.row] = request
+        request.num_recomputed += max(0, request.peak_computed - request.num_computed)
+        if request.num_admissions == 0:
+            request.num_cached_prompt_tokens = request.num_computed
+        request.num_admissions += 1
+        command.admissions.append(
+            Admission(
+                row=request.row,
+                admission=request.admission,
+                token_ids=request.token_ids.tobytes(),
+                num_prompt_tokens=request.num_prompt_tokens,
+                task=TASK_GENERATE,
+                sampling=request.params.sampling,
+            )
+        )
+        command.block_rows.extend([request.row] * len(blocks))
+        command.block_ids.extend(blocks)
+        return request
+
+    def _compute(
+        self, request: Request, count: int, command: StepCommand, rows: list[Scheduled]
+    ) -> int:
+        """Put `count` tokens of the request into the step. Counters advance here, not in update."""
+        command.rows.append(request.row)
+        command.starts.append(request.num_computed)
+        command.num_tokens.append(count)
+        request.num_computed += count
+        samples = request.num_computed == request.num_tokens
+        request.num_pending += samples
+        rows.append(Scheduled(request, request.admission, request.num_computed, samples))
+        return count
+
+    def _take(self, row: Scheduled, token: int | None, faulty: bool) -> None:
+        """One row's result: its token, and its computed blocks for others to share."""
+        request = row.request
+        if faulty:
+            request.fail(Reason.NUMERIC_FAULT, "the model computed a value that is no number")
+        elif token is not None:
+            assert row.samples
+            request.accept(token)
+        if request.admission == row.admission and not faulty:
+            self.kv.publish(request, row.num_computed)
+            request.peak_computed = max(request.peak_computed, row.num_computed)
+        if request.finish is not None:
+            self.abort(request)
+
+    def _preempt(self, request: Request) -> None:
+        """Take row and blocks; the request waits in front, and starts again from its tokens."""
+        self._leave(request)
+        request.row = request.admission = request.num_computed = 0
+        request.num_preemptions += 1
+        self.waiting[request.request_id] = request
+        self.waiting.move_to_end(request.request_id, last=False)
+
+    def _leave(self, request: Request) -> None:
+        del self.running[request.request_id]
+        self.kv.release(request)
+        self._by_row[request.row] = None
+        self._free_rows.append(request.row)
+
+    def _suspect(self) -> None:
+        executing = {
+            row.request.request_id: row.request
+            for step in self.in_flight
+            for row in step.rows
+            if row.request.finish is None
+        }
+        suspects = [request for request in executing.values() if request.suspect]
+        candidates = suspects or list(executing.values())
+        if len(candidates) == 1:
+            candidates[0].strikes += 1
+        for request in executing.values():
+            request.suspect = True

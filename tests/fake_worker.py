@@ -1,0 +1,140 @@
+"""A worker without a GPU whose KV remembers its prefix.
+
+Every slot stores a hash of all tokens up to it. A step verifies every slot that it reads, and the
+"model" is a function of that hash and of the request alone. So any mistake of the router in blocks,
+tables, rows, order or reuse shows as a wrong hash or a wrong token.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from mili.internal.v1.step_pb2 import ROW_FAULT_KIND_NUMERIC, RowFault, StepCommand, StepResult
+
+MASK = (1 << 61) - 1
+# The model's vocabulary is {0, 1}, and EOS.
+EOS = 2
+FAULT = -1
+# What the KV of a faulty row holds: no prefix has this hash.
+POISON = -1
+
+
+def extend_hash(prefix: int, token: int) -> int:
+    return ((prefix ^ (token + 1)) * 0x9E3779B97F4A7C15 + 0x7F4A7C15) & MASK
+
+
+@dataclass(frozen=True)
+class FakeModel:
+    """Samples from a hash: {0, 1}, sometimes EOS, rarely a fault (None)."""
+
+    eos_every: int = 24
+    fault_every: int = 400
+
+    def sample(self, prefix: int, num_prompt_tokens: int, seed: int) -> int | None:
+        draw = extend_hash(extend_hash(prefix, num_prompt_tokens), seed) >> 7
+        if draw % self.fault_every == 0:
+            return None
+        return EOS if draw % self.eos_every == 1 else (draw >> 20) & 1
+
+    def alone(self, prompt: Sequence[int], seed: int, count: int) -> list[int | None]:
+        """What the model alone generates: `count` tokens; None is a fault and the last."""
+        prefix = 0
+        for token in prompt:
+            prefix = extend_hash(prefix, token)
+        output: list[int | None] = []
+        while len(output) < count:
+            token = self.sample(prefix, len(prompt), seed)
+            output.append(token)
+            if token is None:
+                break
+            prefix = extend_hash(prefix, token)
+        return output
+
+
+@dataclass
+class FakeRow:
+    token_ids: array[int]
+    num_prompt_tokens: int
+    seed: int
+    num_computed: int | None = None
+    faulty: bool = False
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[int] = field(default_factory=list)  # of token_ids[: i + 1]
+
+
+class FakeWorker:
+    """Executes step commands in order, and asserts all that a real worker would rely on."""
+
+    def __init__(self, num_blocks: int, block_size: int, model: FakeModel) -> None:
+        self.block_size = block_size
+        self.model = model
+        self.kv: list[int | None] = [None] * (num_blocks * block_size)
+        self.rows: dict[int, FakeRow] = {}
+        self.step = 0
+        self.computed_tokens = 0
+
+    def execute(self, command: StepCommand) -> StepResult:
+        assert command.step == self.step + 1, "a step was lost or doubled"
+        self.step += 1
+        self._apply(command)
+        written: dict[int, int] = {}
+        result = StepResult(step=command.step)
+        batch = list(zip(command.rows, command.starts, command.num_tokens, strict=True))
+        assert len({row for row, _, _ in batch}) == len(batch), "a row stands in the batch twice"
+        for index, (row, start, count) in enumerate(batch):
+            token = self._compute(self.rows[row], start, count, written)
+            if token == FAULT:
+                result.faults.append(RowFault(index=index, kind=ROW_FAULT_KIND_NUMERIC))
+            new = [] if token is None or token == FAULT else [token]
+            result.num_new.append(len(new))
+            result.token_ids.extend(new)
+        for slot, value in written.items():
+            self.kv[slot] = value
+        self.computed_tokens += len(written)
+        return result
+
+    def _apply(self, command: StepCommand) -> None:
+        for admission in command.admissions:
+            assert admission.row != 0, "row 0 is the null row"
+            tokens = array("I", admission.token_ids)
+            self.rows[admission.row] = FakeRow(
+                tokens, admission.num_prompt_tokens, admission.sampling.seed
+            )
+        for row, block in zip(command.block_rows, command.block_ids, strict=True):
+            assert block != 0, "block 0 is the null block"
+            self.rows[row].blocks.append(block)
+
+    def _compute(self, row: FakeRow, start: int, count: int, written: dict[int, int]) -> int | None:
+        """The sampled token, FAULT, or None where nothing is sampled."""
+        assert count > 0
+        if row.num_computed is None:
+            row.num_computed = start  # the cached prefix
+        assert start == row.num_computed, f"drift: {start} against {row.num_computed}"
+        end = start + count
+        assert end <= len(row.token_ids), "computing a token that is not known"
+        for token in row.token_ids[len(row.hashes) : end]:
+            row.hashes.append(extend_hash(row.hashes[-1] if row.hashes else 0, token))
+        for position in range(start):
+            found = self.kv[self._slot(row, position)]
+            assert found == row.hashes[position] or row.faulty, "foreign KV was read"
+        for position in range(start, end):
+            slot = self._slot(row, position)
+            assert slot not in written, "two rows write one slot"
+            written[slot] = row.hashes[position]
+        row.num_computed = end
+        if end < len(row.token_ids):
+            return None
+        token = self.model.sample(row.hashes[-1], row.num_prompt_tokens, row.seed)
+        row.faulty |= token is None
+        row.token_ids.append(token or 0)
+        if not row.faulty:
+            return token
+        written.update((self._slot(row, position), POISON) for position in range(start, end))
+        return FAULT
+
+    def _slot(self, row: FakeRow, position: int) -> int:
+        return row.blocks[position // self.block_size] * self.block_size + (
+            position % self.block_size
+        )

@@ -1,0 +1,182 @@
+"""The scheduling core against the model alone, and 20 planted bugs that it must show."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from tests.scheduler_simulation import Simulation
+
+ROUTER = Path(__file__).parents[2] / "router"
+CORE = ("block_pool", "eviction", "radix_tree", "request", "kv_cache", "scheduler")
+
+
+def load_core(changes: dict[str, tuple[str, str]] | None = None) -> SimpleNamespace:
+    """The core's modules, loaded anew, with `changes[module] = (text, replacement)` made."""
+    changes = changes or {}
+    names = [f"mili.router.{module}" for module in CORE]
+    originals = {name: sys.modules.get(name) for name in names}
+    try:
+        for module, name in zip(CORE, names, strict=True):
+            path = ROUTER / f"{module}.py"
+            source = path.read_text()
+            if module in changes:
+                old, new = changes[module]
+                assert source.count(old) == 1, f"the text to change in {module}.py: {old!r}"
+                source = source.replace(old, new)
+            loaded = ModuleType(name)
+            sys.modules[name] = loaded
+            exec(compile(source, str(path), "exec"), loaded.__dict__)
+        scheduler, request = sys.modules[names[5]], sys.modules[names[3]]
+    finally:
+        for name, original in originals.items():
+            if original is not None:
+                sys.modules[name] = original
+            else:
+                sys.modules.pop(name, None)
+    return SimpleNamespace(
+        Scheduler=scheduler.Scheduler,
+        Limits=scheduler.Limits,
+        Request=request.Request,
+        Finish=request.Finish,
+        FinishReason=request.FinishReason,
+    )
+
+
+def run_simulations(core: SimpleNamespace, seeds: range) -> Counter[str]:
+    """Run 130 requests a seed; what happened, counted."""
+    return sum((Simulation(core, seed, 130).run() for seed in seeds), Counter())
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_every_request_equals_the_model_alone(part: int) -> None:
+    totals = run_simulations(load_core(), range(part * 40, (part + 1) * 40))
+    print(dict(totals))
+    assert totals["requests"] >= 5_000
+    for happening in ("preemptions", "recoveries", "cache hits", "recomputed", "chunks", "crashes"):
+        assert totals[happening] >= 50, (happening, totals)
+    for reason in ("EOS", "STOP_TOKEN", "STOP_SEQUENCE", "MAX_TOKENS", "CONTEXT_LENGTH", "ERROR"):
+        assert totals[reason] >= 20, (reason, totals)
+
+
+# Each is a mistake that someone could make: (module, the right text, the wrong text).
+PLANTED = {
+    "an older admission's result counts": (
+        "scheduler",
+        "if request.admission == row.admission and not faulty",
+        "if not faulty",
+    ),
+    "admitted again with a token pending": (
+        "scheduler",
+        "or len(self.running) >= self.max_running or request.num_pending",
+        "or len(self.running) >= self.max_running",
+    ),
+    "a faulty block is published": ("scheduler", " and not faulty:", ":"),
+    "published before it is computed": (
+        "scheduler",
+        "self.kv.publish(request, row.num_computed)",
+        "self.kv.publish(request, len(request.token_ids))",
+    ),
+    "tokens of ended rows are not skipped": (
+        "scheduler",
+        "            cursor += result.num_new[index]\n            if request.finish is not None:\n"
+        "                continue\n",
+        "            if request.finish is not None:\n                continue\n"
+        "            cursor += result.num_new[index]\n",
+    ),
+    "what comes after the end counts": (
+        "scheduler",
+        "            if request.finish is not None:\n                continue\n",
+        "",
+    ),
+    "the oldest is preempted": ("scheduler", "next(reversed(self", "next(iter(self"),
+    "pending tokens survive the worker": (
+        "scheduler",
+        "request.num_computed = request.num_pending = 0",
+        "request.num_computed = 0",
+    ),
+    "row 0 is handed out": (
+        "scheduler",
+        "range(limits.max_rows - 1, 0, -1)",
+        "range(limits.max_rows)",
+    ),
+    "chunks sample": ("scheduler", "request.num_pending += samples", "request.num_pending += 1"),
+    "new blocks are not sent": (
+        "scheduler",
+        "        command.block_rows.extend([request.row] * len(blocks))\n"
+        "        command.block_ids.extend(blocks)\n        return True",
+        "        return True",
+    ),
+    "admissions ignore the budget": (
+        "scheduler",
+        "            count = min(admitted.num_schedulable, budget)",
+        "            count = admitted.num_schedulable",
+    ),
+    "the last token comes from the cache": (
+        "kv_cache",
+        "(len(request.token_ids) - 1) // self",
+        "len(request.token_ids) // self",
+    ),
+    "a block too few": ("kv_cache", "-(-num_tokens // self", "(num_tokens // self"),
+    "duplicates leak": ("kv_cache", "self.duplicates + self.blocks", "self.blocks"),
+    "published blocks are freed": ("kv_cache", "self.blocks[self.num_published :]", "self.blocks"),
+    "a refused admission keeps its lock": (
+        "kv_cache",
+        "            self._tree.unlock(node)\n            return None",
+        "            return None",
+    ),
+    "duplicates are shared": ("radix_tree", "duplicates = blocks[:done]", "duplicates = []"),
+    "only the last node is unlocked": (
+        "radix_tree",
+        "            at = at.parent\n        if",
+        "            at = None\n        if",
+    ),
+    "the upper half of a split is not locked": (
+        "radix_tree",
+        "        upper.locks = node.locks\n",
+        "",
+    ),
+    "locked spans are evicted": (
+        "radix_tree",
+        "not self.children and self.locks == 0",
+        "not self.children",
+    ),
+    "inner spans are evicted": (
+        "radix_tree",
+        "and not self.children and self.locks == 0",
+        "and self.locks == 0",
+    ),
+    "a span shared by two grows in place": (
+        "radix_tree",
+        "not node.children and node.locks == 1",
+        "not node.children",
+    ),
+    "an edge matches by its first block": (
+        "radix_tree",
+        "if key.startswith(node.key, start):",
+        "if key:",
+    ),
+    "a block is freed twice unseen": (
+        "eviction",
+        "return node.is_evictable and node.last_used == last_used",
+        "return True",
+    ),
+    "min_tokens is one short": ("request", "num_output > params.min", "num_output >= params.min"),
+    "the context limit is one too far": (
+        "request",
+        "len(self.token_ids) >= self.max_length",
+        "len(self.token_ids) > self.max_length",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_bug_is_caught(name: str) -> None:
+    module, old, new = PLANTED[name]
+    core = load_core({module: (old, new)})
+    with pytest.raises((AssertionError, LookupError, TypeError, ValueError)):
+        run_simulations(core, range(120))

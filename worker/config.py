@@ -1,0 +1,58 @@
+"""The worker's settings: names, defaults, help and limits.
+
+Owns nothing else: where a value comes from (flag, environment, file) is cli's business.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class WorkerConfig(BaseModel):
+    """Settings of one worker process."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(description="Folder, short name or hub id of the model to serve.")
+    router: str = Field(
+        default="tcp://127.0.0.1:50053", description="The router's worker link: tcp:// or ipc://."
+    )
+    name: str = Field(default="", description="Name of this worker. Default: host name.")
+    worker_keys: Path | None = Field(
+        default=None, description="Folder of CURVE keys made by `mili keygen`."
+    )
+    device: Literal["cpu"] = Field(default="cpu", description="Where the model runs.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto: bfloat16 where the CPU has AMX, else float32."
+    )
+    max_model_len: int | None = Field(
+        default=None, ge=2, description="Context limit in tokens. Default: the model's."
+    )
+    max_num_seqs: int = Field(
+        default=256, ge=1, le=4096, description="Sequences in one step at most."
+    )
+    max_num_batched_tokens: int | None = Field(
+        default=None, ge=1, description="Tokens in one step at most. Default on CPU: 128."
+    )
+    block_size: int = Field(default=16, ge=1, le=256, description="Tokens in one KV block.")
+    kv_cache_memory_bytes: int | None = Field(
+        default=None, ge=1, description="Memory of the KV cache. Default: up to 25 % of free."
+    )
+    num_gpu_blocks_override: int | None = Field(
+        default=None, ge=2, description="Number of KV blocks, whatever the memory."
+    )
+    num_threads: int | None = Field(
+        default=None, ge=1, description="Compute threads. Default: all cores."
+    )
+    health_port: int = Field(
+        default=0, ge=0, le=65535, description="gRPC health port of the worker; 0 for none."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least severe log line to print."
+    )
+    log_format: Literal["console", "json"] = Field(
+        default="console", description="console for people, json for machines."
+    )
