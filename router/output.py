@@ -1,0 +1,65 @@
+"""The text of one output: detokenized, and cut at the first stop sequence.
+
+Owns when text may be shown. Does not know why else an output ends, nor who reads it.
+"""
+
+from __future__ import annotations
+
+from mili.router.stop import StopMatcher
+from mili.router.tokenizer import Tokenizer
+
+
+class DetokenizedOutput:
+    """Tokens in, text out (implements router.request.TextOutput).
+
+    All that `take` returns is the text of all tokens, cut before the first stop sequence, or after
+    it with include_stop_text; the rest of the token that completed it is dropped. Where the text
+    of a token waits for the next one, a stop sequence in it counts when it appears.
+
+    may_stop is for min_tokens, and means what it means in vLLM: a stop sequence that a token
+    completes while it is false does not end the output and stays in the text; one that began in
+    such a token and is completed later does end it.
+
+    A token that ends the output by its id (EOS, stop token) is not text: it is never pushed.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool,
+        stop_sequences: tuple[str, ...],
+        include_stop_text: bool,
+    ) -> None:
+        self._detokenizer = tokenizer.detokenizer(skip_special_tokens=skip_special_tokens)
+        self._matcher = StopMatcher(stop_sequences)
+        self._include_stop_text = include_stop_text
+        self._may_stop = True
+        self._stopped = False
+        self._ready = ""
+
+    def push(self, token_id: int, *, may_stop: bool) -> str | None:
+        """Take the next token; return the stop sequence that it completed, if it did."""
+        assert not self._stopped, "a token after the stop"
+        self._may_stop = may_stop
+        return self._add(self._detokenizer.push(token_id))
+
+    def finish(self) -> None:
+        """No more tokens come: release the text that was held back, cut at a stop as any."""
+        if not self._stopped and self._add(self._detokenizer.flush()) is None:
+            self._ready += self._matcher.flush()
+
+    def take(self) -> str:
+        """Return the text that became certain since the last call."""
+        ready, self._ready = self._ready, ""
+        return ready
+
+    def _add(self, text: str) -> str | None:
+        certain, matched = self._matcher.push(text, may_stop=self._may_stop)
+        self._ready += certain
+        if matched is None:
+            return None
+        self._stopped = True
+        if self._include_stop_text:
+            self._ready += matched
+        return matched
