@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import update_wrapper
+from typing import Concatenate, ParamSpec, TypeVar
 
 import structlog
 
@@ -24,7 +26,6 @@ from mili.router.request import (
     RequestOutput,
     Started,
     TextOutput,
-    Timing,
 )
 from mili.router.scheduler import Limits, Scheduler
 from mili.router.worker_group import WorkerGroup
@@ -37,15 +38,38 @@ MAX_STRIKES = 2
 Deliver = Callable[[list[RequestOutput]], None]
 Clock = Callable[[], float]
 MakeText = Callable[[GenerationParams], TextOutput | None]
+OnFault = Callable[[Exception], None]
 
 log = structlog.get_logger()
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _event(
+    method: Callable[Concatenate[Engine, _P], _T],
+) -> Callable[Concatenate[Engine, _P], _T]:
+    """An exception that is not for a caller leaves the engine half changed: report it as fatal."""
+
+    def watched(self: Engine, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        try:
+            return method(self, *args, **kwargs)
+        except RequestError:
+            raise
+        except Exception as error:
+            self._on_fault(error)
+            raise
+
+    update_wrapper(watched, method)
+    return watched
 
 
 class Engine:
     """Implements router.workers.WorkerEvents: on_ready, on_result, on_lost.
 
     clock: monotonic seconds. deliver: gets the outputs of a step; exactly one output of a request
-    has `finished`, and its id is free from then on.
+    has `finished`, and its id is free from then on. on_fault: the engine is broken and must not be
+    used any more.
     """
 
     def __init__(
@@ -57,6 +81,7 @@ class Engine:
         recovery_timeout: float,
         make_text: MakeText,
         deliver: Deliver,
+        on_fault: OnFault,
         clock: Clock,
     ) -> None:
         self._model_context_limit = model_context_limit
@@ -65,6 +90,7 @@ class Engine:
         self._recovery_timeout = recovery_timeout
         self._make_text = make_text
         self._deliver = deliver
+        self._on_fault = on_fault
         self._clock = clock
         self._groups: dict[str, WorkerGroup] = {}  # those that serve
         self._schedulers: dict[str, Scheduler] = {}  # by the same names
@@ -100,6 +126,7 @@ class Engine:
         """The scheduler of a group that serves: for looking, not for changing."""
         return self._schedulers.get(group)
 
+    @_event
     def submit(self, request_id: str, params: GenerationParams) -> None:
         """Take a request; raise RequestError when that is impossible now."""
         assert request_id not in self._requests
@@ -130,6 +157,7 @@ class Engine:
         self._requests[request_id] = request
         self._place([request])
 
+    @_event
     def cancel(self, request_id: str) -> bool:
         """End a request with CANCELLED; False when it is not live."""
         request = self._requests.get(request_id)
@@ -142,6 +170,7 @@ class Engine:
         self._deliver([self._output(request), *started])
         return True
 
+    @_event
     def tick(self) -> None:
         """Give up requests that have waited for a worker for too long. Call it now and then."""
         now = self._clock()
@@ -157,6 +186,7 @@ class Engine:
         if expired:
             self._deliver([self._output(request) for request in expired])
 
+    @_event
     def on_ready(self, group: WorkerGroup) -> None:
         """A worker group serves from now on, with an empty cache."""
         limits = group.limits
@@ -182,6 +212,7 @@ class Engine:
         self._homeless.clear()
         self._place(homeless)
 
+    @_event
     def on_result(self, group: WorkerGroup, result: StepResult) -> None:
         """A step is done: send the next before telling anyone."""
         scheduler = self._schedulers[group.name]
@@ -189,6 +220,7 @@ class Engine:
         started = self._pump(group.name)
         self._deliver([*(self._output(request, token) for request, token in news), *started])
 
+    @_event
     def on_lost(self, group: WorkerGroup, reason: str) -> None:
         """A worker group is gone, and its cache with it: its requests go on elsewhere."""
         del self._groups[group.name]
@@ -254,7 +286,7 @@ class Engine:
             request.first_token_at = now
         finished = None
         if request.finish is not None:
-            finished = Finished(request.finish, request.usage, _timing(request, now))
+            finished = Finished(request.finish, request.usage, request.timing(now))
             del self._requests[request.request_id]
         return RequestOutput(
             request.request_id,
@@ -263,18 +295,3 @@ class Engine:
             first_token_index=request.num_output_tokens - len(token_ids),
             finished=finished,
         )
-
-
-def _timing(request: Request, now: float) -> Timing:
-    admitted_at = request.admitted_at if request.admitted_at is not None else now
-    first_token_at = request.first_token_at if request.first_token_at is not None else now
-    return Timing(
-        queue=admitted_at - request.submitted_at,
-        prefill=first_token_at - admitted_at,
-        time_to_first_token=first_token_at - request.submitted_at,
-        decode=now - first_token_at,
-        total=now - request.submitted_at,
-        preemptions=request.num_preemptions,
-        recoveries=request.num_recoveries,
-        worker=request.worker,
-    )

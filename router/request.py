@@ -215,6 +215,21 @@ class Request:
             self.num_recomputed,
         )
 
+    def timing(self, now: float) -> Timing:
+        """Where the time went until now; what has not begun took none."""
+        admitted_at = self.admitted_at if self.admitted_at is not None else now
+        first_token_at = self.first_token_at if self.first_token_at is not None else now
+        return Timing(
+            queue=admitted_at - self.submitted_at,
+            prefill=first_token_at - admitted_at,
+            time_to_first_token=first_token_at - self.submitted_at,
+            decode=now - first_token_at,
+            total=now - self.submitted_at,
+            preemptions=self.num_preemptions,
+            recoveries=self.num_recoveries,
+            worker=self.worker,
+        )
+
     def accept(self, token_id: int) -> None:
         """The next token is known: append it, and set `finish` if it ends the request."""
         params = self.params

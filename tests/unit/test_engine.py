@@ -47,6 +47,7 @@ class Harness:
 
     def __init__(self, groups: int, max_queued: int = 1000, depth: int = 2) -> None:
         self.now = 0.0
+        self.faults: list[Exception] = []
         self.outputs: dict[str, list[RequestOutput]] = defaultdict(list)
         self.groups = [FakeGroup(f"worker-{index}") for index in range(groups)]
         self.engine = Engine(
@@ -56,6 +57,7 @@ class Harness:
             recovery_timeout=60.0,
             make_text=lambda params: None,
             deliver=self.deliver,
+            on_fault=self.faults.append,
             clock=lambda: self.now,
         )
 
@@ -151,6 +153,16 @@ def test_a_prompt_beyond_the_limit_is_refused_here_too() -> None:
     with pytest.raises(RequestError) as refused:
         harness.engine.submit("a", params([0] * CONTEXT_LIMIT))
     assert refused.value.reason == Reason.CONTEXT_TOO_LONG
+
+
+def test_an_impossible_result_is_a_fault_of_ours() -> None:
+    harness = Harness(1)
+    harness.engine.on_ready(harness.groups[0])
+    harness.engine.submit("a", params(LONG))
+    assert harness.faults == []
+    with pytest.raises(AssertionError):
+        harness.engine.on_result(harness.groups[0], StepResult(step=7))
+    assert len(harness.faults) == 1
 
 
 def test_a_lost_worker_moves_its_requests_to_another() -> None:

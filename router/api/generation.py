@@ -1,0 +1,200 @@
+"""A Generation message as GenerationParams: every value checked, every default filled in.
+
+Owns the rules for the values. Does not know how prompts become tokens, or who runs the request.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mili.hub.folder import ModelFolder
+from mili.internal.v1.step_pb2 import Sampling
+from mili.router.errors import Reason, RequestError
+from mili.router.request import GenerationParams
+from mili.v1 import inference_pb2 as pb
+
+_MAX_TEMPERATURE = 100.0
+# Below it logits divided by the temperature overflow; as in vLLM, such a one means greedy.
+_MIN_TEMPERATURE = 1e-5
+_MIN_REPETITION_PENALTY = 0.01
+_MAX_REPETITION_PENALTY = 100.0
+_MAX_STOP_SEQUENCES = 64
+_MAX_STOP_SEQUENCE_BYTES = 1024
+
+
+class Defaults(NamedTuple):
+    """What a model uses where the caller says nothing."""
+
+    sampling: pb.SamplingParams
+    eos_token_ids: frozenset[int]
+    vocab_size: int
+
+
+def read_defaults(folder: ModelFolder) -> Defaults:
+    """Return a model's defaults; raise ValueError where its generation_config.json has bad ones.
+
+    As in vLLM do_sample is ignored: a folder that names a temperature is sampled with it.
+    """
+    named = folder.generation
+    top_k = max(0, int(named.top_k or 0))  # -1 is another way to say off
+    sampling = pb.SamplingParams(
+        temperature=1.0 if named.temperature is None else named.temperature,
+        top_p=1.0 if named.top_p is None else named.top_p,
+        top_k=top_k,
+        min_p=0.0 if named.min_p is None else named.min_p,
+        repetition_penalty=1.0 if named.repetition_penalty is None else named.repetition_penalty,
+    )
+    try:
+        _check_sampling(sampling)
+    except RequestError as error:
+        raise ValueError(
+            f"{folder.path / 'generation_config.json'}: {error.field.split('.')[-1]}: {error}"
+        ) from None
+    return Defaults(sampling, frozenset(named.eos_token_ids), folder.vocab_size)
+
+
+def check_generation(generation: pb.Generation, context_limit: int, defaults: Defaults) -> None:
+    """Raise RequestError for a bad value, before any work that grows with the prompt."""
+    _check_sampling(generation.sampling)
+    _check_stopping(generation.stopping, defaults.vocab_size)
+    kind = generation.WhichOneof("prompt")
+    _require(kind is not None, "generation.prompt", "is missing")
+    _require(kind != "text" or bool(generation.text), "generation.text", "is empty")
+    _require(
+        kind == "text" or not generation.add_special_tokens,
+        "generation.add_special_tokens",
+        "is for text prompts only",
+    )
+    if generation.HasField("truncate_prompt_tokens"):
+        _require(
+            generation.truncate_prompt_tokens >= 1,
+            "generation.truncate_prompt_tokens",
+            "must be at least 1",
+        )
+    if kind == "token_ids":
+        count = len(generation.token_ids.ids)
+        if generation.HasField("truncate_prompt_tokens"):
+            count = min(count, generation.truncate_prompt_tokens)
+        _check_length(count, "generation.token_ids", context_limit)
+
+
+def to_params(
+    generation: pb.Generation, prompt: list[int], context_limit: int, defaults: Defaults
+) -> GenerationParams:
+    """Return the parameters of a checked Generation; raise RequestError for a bad prompt."""
+    field = f"generation.{generation.WhichOneof('prompt')}"
+    _check_length(len(prompt), field, context_limit)
+    check_token_ids(prompt, defaults.vocab_size, field)
+    stopping, output = generation.stopping, generation.output
+    eos = frozenset() if stopping.ignore_eos else defaults.eos_token_ids
+    stop_ids = frozenset(stopping.stop_token_ids)
+    # Past the context limit numbers mean no more than the limit does: it ends the request first.
+    min_tokens = min(stopping.min_tokens, context_limit)
+    max_tokens = context_limit
+    if stopping.HasField("max_tokens"):
+        max_tokens = min(stopping.max_tokens, context_limit)
+    sampling = _sampling(generation.sampling, defaults)
+    if min_tokens:
+        sampling.suppressed_token_ids.extend(sorted(eos | stop_ids))
+        sampling.suppress_until_position = len(prompt) + min_tokens
+    return GenerationParams(
+        prompt_token_ids=prompt,
+        sampling=sampling,
+        max_tokens=max_tokens,
+        min_tokens=min_tokens,
+        eos_token_ids=eos,
+        stop_token_ids=stop_ids,
+        stop_sequences=tuple(stopping.stop_sequences),
+        include_stop_text=stopping.include_stop_text,
+        text=output.text if output.HasField("text") else True,
+        skip_special_tokens=(
+            output.skip_special_tokens if output.HasField("skip_special_tokens") else True
+        ),
+    )
+
+
+def _check_length(count: int, field: str, context_limit: int) -> None:
+    _require(count > 0, field, "is empty")
+    if count >= context_limit:
+        raise RequestError(
+            Reason.CONTEXT_TOO_LONG,
+            f"the prompt has {count} tokens, and at most {context_limit - 1} fit: prompt and"
+            f" output together may have {context_limit}",
+            field=field,
+        )
+
+
+def check_token_ids(ids: Sequence[int], vocab_size: int, field: str) -> None:
+    """Raise RequestError for an id outside of the vocabulary."""
+    _require(
+        max(ids, default=0) < vocab_size,
+        field,
+        f"has an id out of range: the model has {vocab_size} ids",
+    )
+
+
+def _sampling(asked: pb.SamplingParams, defaults: Defaults) -> Sampling:
+    merged = pb.SamplingParams()
+    merged.CopyFrom(defaults.sampling)
+    merged.MergeFrom(asked)
+    greedy = merged.temperature < _MIN_TEMPERATURE
+    return Sampling(
+        temperature=0.0 if greedy else merged.temperature,
+        top_k=merged.top_k if merged.top_k < defaults.vocab_size else 0,
+        top_p=merged.top_p,
+        min_p=merged.min_p,
+        repetition_penalty=merged.repetition_penalty,
+        seed=merged.seed if merged.HasField("seed") else secrets.randbits(64),
+    )
+
+
+def _check_sampling(asked: pb.SamplingParams) -> None:
+    """Check what is set; comparisons are written so that NaN fails them."""
+    path = "generation.sampling."
+    if asked.HasField("temperature"):
+        _require(
+            0 <= asked.temperature <= _MAX_TEMPERATURE,
+            path + "temperature",
+            f"must be from 0 to {_MAX_TEMPERATURE:g}",
+        )
+    if asked.HasField("top_p"):
+        _require(0 < asked.top_p <= 1, path + "top_p", "must be above 0 and at most 1")
+    if asked.HasField("min_p"):
+        _require(0 <= asked.min_p <= 1, path + "min_p", "must be from 0 to 1")
+    if asked.HasField("repetition_penalty"):
+        _require(
+            _MIN_REPETITION_PENALTY <= asked.repetition_penalty <= _MAX_REPETITION_PENALTY,
+            path + "repetition_penalty",
+            f"must be from {_MIN_REPETITION_PENALTY:g} to {_MAX_REPETITION_PENALTY:g}",
+        )
+
+
+def _check_stopping(asked: pb.StopConditions, vocab_size: int) -> None:
+    path = "generation.stopping."
+    if asked.HasField("max_tokens"):
+        _require(asked.max_tokens >= 1, path + "max_tokens", "must be at least 1")
+        _require(
+            asked.min_tokens <= asked.max_tokens, path + "min_tokens", "must not pass max_tokens"
+        )
+    _require(
+        len(asked.stop_sequences) <= _MAX_STOP_SEQUENCES,
+        path + "stop_sequences",
+        f"has {len(asked.stop_sequences)} entries; at most {_MAX_STOP_SEQUENCES} are taken",
+    )
+    for index, text in enumerate(asked.stop_sequences):
+        _require(
+            1 <= len(text.encode()) <= _MAX_STOP_SEQUENCE_BYTES,
+            f"{path}stop_sequences[{index}]",
+            f"must have from 1 to {_MAX_STOP_SEQUENCE_BYTES} bytes",
+        )
+    field = path + "stop_token_ids"
+    _require(len(asked.stop_token_ids) <= vocab_size, field, "has more entries than ids exist")
+    check_token_ids(asked.stop_token_ids, vocab_size, field)
+
+
+def _require(condition: bool, field: str, rule: str) -> None:
+    if not condition:
+        name = field.rsplit(".", 1)[-1]
+        raise RequestError(Reason.INVALID_FIELD, f"{name} {rule}", field=field)

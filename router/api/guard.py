@@ -1,0 +1,113 @@
+"""The one interceptor of both listeners: whatever goes wrong leaves as a status of the contract.
+
+Owns reading and parsing requests, and turning exceptions into statuses. Does not know services.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, TypeAlias
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError
+from grpc import aio
+
+from mili.router.api.status import Context, abort
+from mili.router.errors import Reason, RequestError
+
+_log = structlog.get_logger()
+
+_Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+
+
+class Guard(aio.ServerInterceptor):
+    """Serves every method as one that takes a stream of raw bytes, and parses them itself.
+
+    The stock stubs answer UNKNOWN to bytes that do not parse, and nothing at all to a call
+    without a message.
+    """
+
+    def __init__(self) -> None:
+        self._guarded: dict[str, _Handler] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[_Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> _Handler | None:
+        method = handler_call_details.method
+        if method not in self._guarded:
+            handler = await continuation(handler_call_details)
+            if handler is None:
+                return None  # grpc answers UNIMPLEMENTED
+            self._guarded[method] = _guard(method, handler)
+        return self._guarded[method]
+
+
+def _guard(method: str, handler: Any) -> _Handler:  # noqa: ANN401 - the stubs lack coroutines
+    async def answer_one(requests: AsyncIterator[bytes], context: Context) -> Any:  # noqa: ANN401
+        async with _errors_as_status(method, context):
+            request = await _only(requests, handler.request_deserializer)
+            return await handler.unary_unary(request, context)
+
+    async def answer_many(requests: AsyncIterator[bytes], context: Context) -> None:
+        async with _errors_as_status(method, context):
+            if handler.request_streaming:
+                parsed = _each(requests, handler.request_deserializer)
+                responses = handler.stream_stream(parsed, context)
+            else:
+                request = await _only(requests, handler.request_deserializer)
+                responses = handler.unary_stream(request, context)
+            # Closed here and now: a cancelled call must not wait for the garbage collector.
+            async with aclosing(responses):
+                async for response in responses:
+                    await context.write(response)
+
+    if handler.response_streaming:
+        return grpc.stream_stream_rpc_method_handler(
+            answer_many, response_serializer=handler.response_serializer
+        )
+    return grpc.stream_unary_rpc_method_handler(
+        answer_one, response_serializer=handler.response_serializer
+    )
+
+
+async def _only(requests: AsyncIterator[bytes], parse: Callable[[bytes], Any]) -> Any:  # noqa: ANN401
+    async for message in requests:
+        return _parsed(message, parse)
+    raise RequestError(Reason.INVALID_FIELD, "the call came without a request message")
+
+
+async def _each(
+    requests: AsyncIterator[bytes], parse: Callable[[bytes], Any]
+) -> AsyncIterator[Any]:
+    async for message in requests:
+        yield _parsed(message, parse)
+
+
+def _parsed(message: bytes, parse: Callable[[bytes], Any]) -> Any:  # noqa: ANN401
+    try:
+        return parse(message)
+    except DecodeError:
+        raise RequestError(
+            Reason.INVALID_FIELD,
+            "the request is not a valid protobuf message of its type, or not UTF-8 in a string",
+        ) from None
+
+
+@asynccontextmanager
+async def _errors_as_status(method: str, context: Context) -> AsyncIterator[None]:
+    try:
+        yield
+    except aio.BaseError:  # the library's own: an abort on its way, or a caller who is gone
+        raise
+    except RequestError as error:
+        await abort(context, error)
+    except Exception:
+        error_id = uuid.uuid4().hex
+        _log.exception("call failed by our fault", method=method, error_id=error_id)
+        message = f"internal error {error_id}; the server's log holds the details"
+        await abort(context, RequestError(Reason.INTERNAL, message))

@@ -1,0 +1,92 @@
+"""Which request fields work: everything else is refused unless it says nothing.
+
+Owns the list. Does not know what the fields mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+
+from mili.router.errors import Reason, RequestError
+
+# By message type; a field that is not here is refused, so that a new one cannot be ignored.
+_SUPPORTED = {
+    "GenerateRequest": "request_id generation",
+    "GenerateStreamRequest": "request_id generation",
+    "Generation": "model text token_ids chat sampling stopping output"
+    " truncate_prompt_tokens add_special_tokens",
+    "TokenIds": "ids",
+    "ChatPrompt": "messages template_variables_json",
+    "ChatMessage": "role content reasoning_content tool_call_id name",
+    "SamplingParams": "temperature top_p top_k min_p repetition_penalty seed",
+    "StopConditions": "max_tokens min_tokens stop_sequences stop_token_ids"
+    " include_stop_text ignore_eos",
+    "OutputOptions": "text token_ids skip_special_tokens timing",
+    "CancelGenerationRequest": "request_id",
+    "ListModelsRequest": "page_size page_token",
+    "GetModelRequest": "name",
+    "TokenizeRequest": "model texts add_special_tokens return_offsets",
+    "DetokenizeRequest": "model token_ids skip_special_tokens",
+    "RenderChatRequest": "model chat",
+}
+_SUPPORTED_FIELDS = frozenset(
+    f"mili.v1.{message}.{name}" for message, names in _SUPPORTED.items() for name in names.split()
+)
+
+# Values of optional fields that say what their absence says. Fields without presence need no
+# entry: their zero is not on the wire.
+_NEUTRAL = {
+    "mili.v1.SamplingParams.presence_penalty": 0.0,
+    "mili.v1.SamplingParams.frequency_penalty": 0.0,
+    "mili.v1.SamplingParams.num_sequences": 1,
+}
+
+# A list of messages may be so long: each of them is looked at, one by one.
+_MAX_MESSAGES = 8192
+
+
+def check_supported(request: Message) -> None:
+    """Raise RequestError for the first field that is set and does not work."""
+    _check(request, "")
+
+
+def _check(message: Message, prefix: str) -> None:
+    for field, value in message.ListFields():
+        path = prefix + field.name
+        if field.full_name in _SUPPORTED_FIELDS:
+            for item_path, item in _messages(field, value, path):
+                _check(item, item_path + ".")
+        elif _may_be_neutral(field, value):
+            _check(value, path + ".")
+        elif _NEUTRAL.get(field.full_name) != value:
+            raise RequestError(
+                Reason.UNSUPPORTED_FIELD, f"{path} is not supported by this server", field=path
+            )
+
+
+def _messages(
+    field: FieldDescriptor,
+    value: Any,  # noqa: ANN401
+    path: str,
+) -> Iterable[tuple[str, Message]]:
+    if field.message_type is None:
+        return ()
+    if not field.is_repeated:
+        return ((path, value),)
+    if len(value) > _MAX_MESSAGES:
+        raise RequestError(
+            Reason.INVALID_FIELD, f"{field.name} has at most {_MAX_MESSAGES} entries", field=path
+        )
+    return ((f"{path}[{index}]", item) for index, item in enumerate(value))
+
+
+def _may_be_neutral(field: FieldDescriptor, value: Any) -> bool:  # noqa: ANN401
+    """Tell whether `value` is a message that may say nothing: a member of a oneof never does."""
+    if field.message_type is None or field.is_repeated or field.containing_oneof is not None:
+        return False
+    return not (isinstance(value, Duration) and value.ListFields())

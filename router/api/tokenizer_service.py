@@ -1,0 +1,91 @@
+"""TokenizerService: text tools on the CPU; they never wait for a worker.
+
+Owns the limits of these calls. Does not know sampling or streams.
+"""
+
+from __future__ import annotations
+
+from google.protobuf.message import Message
+
+from mili.router.api.generation import check_token_ids
+from mili.router.api.model import ServedModel
+from mili.router.api.prompt import PromptReader, TextThreads
+from mili.router.api.status import Context
+from mili.router.api.supported import check_supported
+from mili.router.errors import Reason, RequestError
+from mili.router.tokenizer import Tokenizer
+from mili.v1 import model_pb2 as pb
+from mili.v1 import model_pb2_grpc
+
+_MAX_TEXTS = 8192
+# Decoding holds the interpreter's lock.
+_MAX_DETOKENIZED_IDS = 256 * 1024
+
+
+class TokenizerService(model_pb2_grpc.TokenizerServiceServicer):
+    """Encodes, decodes and renders with the one model's tokenizer and template."""
+
+    def __init__(
+        self,
+        model: ServedModel,
+        tokenizer: Tokenizer,
+        prompts: PromptReader,
+        threads: TextThreads,
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._prompts = prompts
+        self._threads = threads
+
+    async def Tokenize(  # noqa: N802
+        self, request: pb.TokenizeRequest, context: Context
+    ) -> pb.TokenizeResponse:
+        self._check(request, request.model)
+        if len(request.texts) > _MAX_TEXTS:
+            raise RequestError(
+                Reason.INVALID_FIELD, f"texts has at most {_MAX_TEXTS} entries", field="texts"
+            )
+        return await self._threads.run(self._tokenize, request)
+
+    async def Detokenize(  # noqa: N802
+        self, request: pb.DetokenizeRequest, context: Context
+    ) -> pb.DetokenizeResponse:
+        self._check(request, request.model)
+        if sum(len(item.ids) for item in request.token_ids) > _MAX_DETOKENIZED_IDS:
+            raise RequestError(
+                Reason.INVALID_FIELD,
+                f"token_ids has at most {_MAX_DETOKENIZED_IDS} ids in all",
+                field="token_ids",
+            )
+        return await self._threads.run(self._detokenize, request)
+
+    async def RenderChat(  # noqa: N802
+        self, request: pb.RenderChatRequest, context: Context
+    ) -> pb.RenderChatResponse:
+        self._check(request, request.model)
+        text, ids = await self._threads.run(self._prompts.render, request.chat, "chat")
+        return pb.RenderChatResponse(text=text, token_ids=ids)
+
+    def _check(self, request: Message, model: str) -> None:
+        check_supported(request)
+        self._model.check_name(model, "model")
+
+    def _tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
+        special = True
+        if request.HasField("add_special_tokens"):
+            special = request.add_special_tokens
+        if not request.return_offsets:
+            batch = self._tokenizer.encode_batch(request.texts, add_special_tokens=special)
+            return pb.TokenizeResponse(results=[pb.TokenizedText(ids=ids) for ids in batch])
+        results = self._tokenizer.encode_with_offsets(request.texts, add_special_tokens=special)
+        return pb.TokenizeResponse(results=[pb.TokenizedText(**text._asdict()) for text in results])
+
+    def _detokenize(self, request: pb.DetokenizeRequest) -> pb.DetokenizeResponse:
+        skip = True
+        if request.HasField("skip_special_tokens"):
+            skip = request.skip_special_tokens
+        texts = []
+        for index, item in enumerate(request.token_ids):
+            check_token_ids(item.ids, self._tokenizer.vocab_size, f"token_ids[{index}].ids")
+            texts.append(self._tokenizer.decode(list(item.ids), skip_special_tokens=skip))
+        return pb.DetokenizeResponse(texts=texts)

@@ -1,0 +1,184 @@
+"""The router process: the parts put together, started, drained and stopped.
+
+Owns the process's life and its exit code. Does not know what the parts do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from mili.hub.folder import interface_sha256, read_model_folder
+from mili.router.api.admin import WorkerStatus
+from mili.router.api.server import ApiServer
+from mili.router.config import RouterConfig
+from mili.router.engine import Engine
+from mili.router.output import DetokenizedOutput
+from mili.router.request import GenerationParams, RequestOutput, TextOutput
+from mili.router.tokenizer import Tokenizer
+from mili.router.worker_link import WorkerLink
+from mili.router.workers import Workers
+
+CLEAN, CRASH, USAGE = 0, 1, 2
+TICK_SECONDS = 0.1
+
+log = structlog.get_logger()
+
+
+def run(config: RouterConfig) -> int:
+    """Serve until SIGTERM or SIGINT; config.model is a folder. Returns the exit code."""
+    return asyncio.run(_run(config))
+
+
+async def _run(config: RouterConfig) -> int:
+    try:
+        router = Router(config)
+        await router.start()
+    except (ValueError, OSError) as error:
+        log.error("router cannot start", reason=str(error))
+        return USAGE
+    return await router.serve()
+
+
+class Router:
+    """One router process. Make it on the asyncio thread."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        """Raises ValueError for a bad model folder or setting."""
+        self._config = config
+        phases: list[tuple[str, float]] = []
+        with _phase("read model", phases):
+            self._folder = read_model_folder(Path(config.model))
+            interface = interface_sha256(self._folder)
+        with _phase("load tokenizer", phases):
+            self._tokenizer = Tokenizer(self._folder)
+        self._engine = Engine(
+            model_context_limit=self._folder.max_context_tokens,
+            pipeline_depth=config.pipeline_depth,
+            max_queued_requests=config.max_queued_requests,
+            recovery_timeout=config.recovery_timeout,
+            make_text=self._make_text,
+            deliver=self._deliver,
+            on_fault=self._break,
+            clock=time.monotonic,
+        )
+        self._workers = Workers(
+            self._engine, interface_sha256=interface, worker_timeout=config.worker_timeout
+        )
+        self._link = WorkerLink(config, self._workers)
+        with _phase("prepare API", phases):
+            self._api = ApiServer(
+                self._engine,
+                self._folder,
+                self._tokenizer,
+                config,
+                list_workers=self._list_workers,
+                startup_phases=phases,
+            )
+        self._stop = asyncio.Event()
+        self._exit_code = CLEAN
+
+    async def start(self) -> None:
+        """Open both sides. Raises OSError for an address that cannot be had."""
+        asyncio.get_running_loop().set_exception_handler(self._on_exception)
+        self._link.start()
+        try:
+            await self._api.start()
+        except OSError:
+            self._link.close()
+            raise
+
+    async def serve(self) -> int:
+        """Serve until a signal or a fault of ours; returns the exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        # What lives now lives to the end: the collector need not look at it again and again.
+        gc.freeze()
+        ticker = asyncio.create_task(self._tick())
+        await self._stop.wait()
+        if self._exit_code == CLEAN:
+            log.info("draining", live_requests=self._engine.num_live)
+            await self._api.drain(self._config.drain_timeout)
+        ticker.cancel()
+        await self._api.stop()
+        self._link.close()
+        log.info("router stopped", exit_code=self._exit_code)
+        return self._exit_code
+
+    async def _tick(self) -> None:
+        while True:
+            self._engine.tick()
+            self._api.set_ready(self._engine.is_serving and not self._stop.is_set())
+            await asyncio.sleep(TICK_SECONDS)
+
+    def _on_exception(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """An exception in a callback is one in the link; in a task it is one call's own."""
+        error = context.get("exception")
+        # gRPC's own poller may find nothing to read, and says so by raising.
+        if "handle" in context and error and not isinstance(error, BlockingIOError):
+            self._break(error)
+        else:
+            loop.default_exception_handler(context)
+
+    def _break(self, error: BaseException) -> None:
+        """Something of ours is in a state that nobody thought of: do not go on with it."""
+        if self._exit_code == CLEAN:
+            log.critical("the router is broken and exits", exc_info=error)
+            self._exit_code = CRASH
+        self._api.set_ready(False)
+        self._stop.set()
+
+    def _make_text(self, params: GenerationParams) -> TextOutput | None:
+        """Text is made where it is asked for, or where it may hold a stop sequence."""
+        if not params.text and not params.stop_sequences:
+            return None
+        return DetokenizedOutput(
+            self._tokenizer,
+            skip_special_tokens=params.skip_special_tokens,
+            stop_sequences=params.stop_sequences,
+            include_stop_text=params.include_stop_text,
+        )
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        self._api.deliver(outputs)
+
+    def _list_workers(self) -> list[WorkerStatus]:
+        now = time.monotonic()
+        statuses: list[WorkerStatus] = []
+        for info in self._workers.info(now):
+            scheduler = self._engine.scheduler_of(info.group)
+            usage = scheduler.kv.usage() if scheduler else None
+            statuses.append(
+                WorkerStatus(
+                    name=info.name,
+                    instance_id=info.instance,
+                    state=info.state,
+                    last_heartbeat=time.time() - info.heard_age,
+                    last_step_age=info.last_step_age,
+                    kv_blocks_total=usage.total if usage else 0,
+                    kv_blocks_free=usage.free if usage else 0,
+                    kv_blocks_cached=usage.cached if usage else 0,
+                    running_sequences=len(scheduler.running) if scheduler else 0,
+                    group=info.group,
+                    rank=info.rank,
+                    world_size=info.world_size,
+                )
+            )
+        return statuses
+
+
+@contextmanager
+def _phase(name: str, phases: list[tuple[str, float]]) -> Iterator[None]:
+    """Note how long a part of the start takes, in seconds."""
+    started = time.monotonic()
+    yield
+    phases.append((name, time.monotonic() - started))

@@ -1,0 +1,161 @@
+"""A worker group: the ranks that together hold one copy of the model.
+
+Owns the commands in flight and what the group as a whole can do. Does not know how ranks come and
+go: that is router/workers.py.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from enum import IntEnum
+from typing import NamedTuple
+
+from mili.internal.v1.step_pb2 import (
+    WORKER_PHASE_WARMING,
+    Ready,
+    RouterFrame,
+    StepCommand,
+    StepResult,
+)
+from mili.router.liveness import StepTimes
+from mili.router.worker_peer import Send, WorkerPeer
+
+# Far above any --pipeline-depth: what a worker may be sent without having answered.
+MAX_IN_FLIGHT = 16
+
+
+class WorkerState(IntEnum):
+    """Equal in number to mili.v1.WorkerState (a test proves it)."""
+
+    LOADING = 1
+    WARMING = 2
+    SERVING = 3
+    LOST = 6
+
+
+class WorkerLimits(NamedTuple):
+    """What a group can do: the least of what its ranks said in Ready."""
+
+    num_blocks: int
+    block_size: int
+    max_rows: int
+    max_step_tokens: int
+    max_model_len: int
+    vocab_size: int
+    capabilities: frozenset[str]
+
+
+class _InFlight(NamedTuple):
+    step: int
+    num_rows: int
+    num_tokens: int
+
+
+class WorkerGroup:
+    """One copy of the model. The same object serves, is lost, and serves again."""
+
+    def __init__(self, name: str, send: Send) -> None:
+        self.name = name
+        self.world_size = 1
+        self.ranks: dict[int, WorkerPeer] = {}
+        self.step_times = StepTimes()
+        self._send = send
+        self._limits: WorkerLimits | None = None
+        self._in_flight: deque[_InFlight] = deque()
+
+    @property
+    def state(self) -> WorkerState:
+        """The state of the group: it serves only as a whole."""
+        states = [self.state_of(peer) for peer in self.ranks.values()]
+        alive = [state for state in states if state != WorkerState.LOST]
+        if not alive:
+            return WorkerState.LOST
+        return min(alive) if len(alive) == self.world_size else WorkerState.LOADING
+
+    @property
+    def limits(self) -> WorkerLimits:
+        assert self._limits is not None, f"group {self.name} does not serve"
+        return self._limits
+
+    @property
+    def num_in_flight(self) -> int:
+        """Commands that were sent and have no result yet."""
+        return len(self._in_flight)
+
+    def state_of(self, peer: WorkerPeer) -> WorkerState:
+        if not peer.epoch:
+            return WorkerState.LOST
+        if self._limits is not None:
+            return WorkerState.SERVING
+        if peer.liveness.phase == WORKER_PHASE_WARMING:
+            return WorkerState.WARMING
+        return WorkerState.LOADING
+
+    def send(self, command: StepCommand, now: float) -> None:
+        """Send a command to every rank. What the socket does not take now waits, in order."""
+        assert self._limits is not None, f"group {self.name} does not serve"
+        assert len(self._in_flight) < MAX_IN_FLIGHT, "more commands in flight than agreed"
+        num_tokens = sum(command.num_tokens)
+        predicted = self.step_times.predict(num_tokens)
+        self._in_flight.append(_InFlight(command.step, len(command.rows), num_tokens))
+        frame = RouterFrame(step=command)
+        for peer in self.ranks.values():
+            peer.liveness.expect(command.step, predicted, now)
+            peer.queue(frame)
+            peer.flush(self._send)
+
+    def take(self, result: StepResult) -> str | None:
+        """Match a result with the oldest command in flight; return what is wrong with it, if so."""
+        if not self._in_flight:
+            return f"answered step {result.step}, which nobody asked for"
+        sent = self._in_flight[0]
+        if result.step != sent.step:
+            return f"answered step {result.step} instead of {sent.step}"
+        if len(result.num_new) != sent.num_rows or sum(result.num_new) != len(result.token_ids):
+            return f"answered step {result.step} with columns of the wrong length"
+        if max(result.token_ids, default=0) >= self.limits.vocab_size:
+            return f"sampled a token outside the vocabulary in step {result.step}"
+        if any(fault.index >= sent.num_rows for fault in result.faults):
+            return f"reported a fault outside the batch in step {result.step}"
+        self._in_flight.popleft()
+        self.step_times.measured(sent.num_tokens, result.device_microseconds / 1e6)
+        return None
+
+    def open(self) -> bool:
+        """Begin to serve if every rank is ready."""
+        assert self._limits is None, "opened twice"
+        ready = [peer.ready for peer in self.ranks.values() if peer.ready is not None]
+        if len(ready) < self.world_size:
+            return False
+        self._limits = _least(ready)
+        return True
+
+    def close(self) -> bool:
+        """Forget what is in flight; return whether the group was serving."""
+        served = self._limits is not None
+        self._limits = None
+        self._in_flight.clear()
+        return served
+
+    def hung(self, peer: WorkerPeer, timeout: float, now: float) -> str | None:
+        """Say so if a rank's step does not move.
+
+        How long it took until then is remembered: if the worker turns out to be only slow, the
+        next step like it gets more time, and a slow machine does not lose its worker for ever.
+        """
+        problem = peer.liveness.hung(timeout, now)
+        if problem and self._in_flight:
+            self.step_times.measured(self._in_flight[0].num_tokens, peer.liveness.standstill(now))
+        return problem
+
+
+def _least(ready: list[Ready]) -> WorkerLimits:
+    return WorkerLimits(
+        num_blocks=min(rank.num_blocks for rank in ready),
+        block_size=ready[0].block_size,
+        max_rows=min(rank.max_rows for rank in ready),
+        max_step_tokens=min(rank.max_step_tokens for rank in ready),
+        max_model_len=min(rank.max_model_len for rank in ready),
+        vocab_size=ready[0].vocab_size,
+        capabilities=frozenset.intersection(*(frozenset(rank.capabilities) for rank in ready)),
+    )

@@ -1,0 +1,178 @@
+"""An engine without workers, and a model folder without a model, for tests of the API.
+
+Owns a made-up output for every request: token i is i, its text a letter. Does not know gRPC.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+from mili.hub.folder import ModelFolder, read_model_folder
+from mili.router.api.admin import WorkerStatus
+from mili.router.api.server import ApiServer
+from mili.router.config import RouterConfig
+from mili.router.errors import Reason, RequestError
+from mili.router.request import (
+    Finish,
+    Finished,
+    FinishReason,
+    GenerationParams,
+    RequestOutput,
+    Started,
+    Timing,
+    Usage,
+)
+from mili.router.tokenizer import Tokenizer
+
+VOCAB_SIZE = 320
+CONTEXT_LIMIT = 64
+EOS_TOKEN_ID = 258
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if shout is defined %}!{% endif %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+class FakeEngine:
+    """Requests run until they are stepped, finished or cancelled by the test."""
+
+    def __init__(self) -> None:
+        self.context_limit = CONTEXT_LIMIT
+        self.block_size = 16
+        self.deliver: Callable[[list[RequestOutput]], None] = lambda outputs: None
+        self.params: dict[str, GenerationParams] = {}
+        self.lengths: dict[str, int] = {}
+        self.started: set[str] = set()
+        self.submitted: asyncio.Queue[str] = asyncio.Queue()
+        self.cancelled: asyncio.Queue[str] = asyncio.Queue()
+        self.refusal: Exception | None = None
+        self.refused = asyncio.Event()
+        self.known_workers: list[WorkerStatus] = []
+
+    def submit(self, request_id: str, params: GenerationParams) -> None:
+        if self.refusal is not None:
+            self.refused.set()
+            raise self.refusal
+        assert request_id not in self.lengths
+        self.params[request_id] = params
+        self.lengths[request_id] = 0
+        self.submitted.put_nowait(request_id)
+
+    def cancel(self, request_id: str) -> bool:
+        if request_id not in self.lengths:
+            return False
+        self.cancelled.put_nowait(request_id)
+        self.finish(request_id, Finish(FinishReason.CANCELLED))
+        return True
+
+    def start(self, request_id: str) -> None:
+        """Admit a request, without a token."""
+        self.deliver([RequestOutput(request_id, started=self._started(request_id))])
+
+    def step(self) -> None:
+        """Give every running request its next token, in one batch."""
+        self.deliver([self._next(request_id) for request_id in list(self.lengths)])
+
+    async def run(self) -> None:
+        """Step until nothing runs, as fast as the event loop goes round."""
+        while self.lengths:
+            self.step()
+            await asyncio.sleep(0)
+
+    def finish(self, request_id: str, finish: Finish) -> None:
+        """End a request."""
+        first = self.lengths[request_id]
+        finished = self._finished(request_id, finish)
+        self.deliver([RequestOutput(request_id, first_token_index=first, finished=finished)])
+
+    def _next(self, request_id: str) -> RequestOutput:
+        params = self.params[request_id]
+        index = self.lengths[request_id]
+        self.lengths[request_id] += 1
+        started = self._started(request_id)
+        finished = None
+        if index + 1 == params.max_tokens:
+            finished = self._finished(request_id, Finish(FinishReason.MAX_TOKENS))
+        text = letter(index) if params.text else ""
+        return RequestOutput(request_id, (index,), text, index, started, finished)
+
+    def _started(self, request_id: str) -> Started | None:
+        if request_id in self.started:
+            return None
+        self.started.add(request_id)
+        return Started(len(self.params[request_id].prompt_token_ids), 2)
+
+    def _finished(self, request_id: str, finish: Finish) -> Finished:
+        self.started.discard(request_id)
+        prompt = len(self.params[request_id].prompt_token_ids)
+        usage = Usage(prompt, 2, self.lengths.pop(request_id), 3)
+        return Finished(finish, usage, Timing(0.5, 0.25, 0.75, 1.5, 2.25, 1, 0, "w0"))
+
+
+def letter(index: int) -> str:
+    return chr(ord("a") + index % 26)
+
+
+def refuse_with(reason: Reason, *, retry_after: float | None = None) -> RequestError:
+    return RequestError(reason, "refused by the test", retry_after=retry_after)
+
+
+def make_folder(path: Path, *, template: bool = True, **generation: Any) -> ModelFolder:  # noqa: ANN401
+    """Write a folder that looks like a model: bytes for tokens, one tensor without data."""
+    path.mkdir(exist_ok=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": VOCAB_SIZE,
+        "max_position_embeddings": CONTEXT_LIMIT,
+        "dtype": "float32",
+    }
+    tokenizer_config = {"chat_template": TEMPLATE} if template else {}
+    generation = {"eos_token_id": EOS_TOKEN_ID, **generation}
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    (path / "generation_config.json").write_text(json.dumps(generation))
+    header = json.dumps({"t": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}).encode()
+    (path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    backend.save(str(path / "tokenizer.json"))
+    return read_model_folder(path)
+
+
+@asynccontextmanager
+async def running_api(
+    folder: ModelFolder,
+    **settings: Any,  # noqa: ANN401
+) -> AsyncIterator[tuple[ApiServer, FakeEngine]]:
+    """Serve a fake engine on two free ports; nothing may be live at the end."""
+    engine = FakeEngine()
+    config = RouterConfig(**{"model": str(folder.path), "port": 0, "admin_port": 0} | settings)
+    server = ApiServer(
+        engine,
+        folder,
+        Tokenizer(folder),
+        config,
+        list_workers=lambda: engine.known_workers,
+        startup_phases=[("read model", 0.25)],
+    )
+    engine.deliver = server.deliver
+    await server.start()
+    server.set_ready(True)
+    try:
+        yield server, engine
+    finally:
+        await server.stop()
+    assert server.num_live == 0
+    assert not engine.lengths

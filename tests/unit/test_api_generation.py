@@ -1,0 +1,178 @@
+"""Every value of a Generation: its limits, and what stands in where it is not set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mili.router.api.generation import Defaults, check_generation, read_defaults, to_params
+from mili.router.errors import Reason, RequestError
+from mili.router.request import FinishReason, GenerationParams
+from mili.router.worker_group import WorkerState
+from mili.v1 import admin_pb2
+from mili.v1 import inference_pb2 as pb
+from tests.fake_engine import CONTEXT_LIMIT, EOS_TOKEN_ID, VOCAB_SIZE, make_folder
+
+NAN = float("nan")
+INFINITY = float("inf")
+PROMPT = [1, 2, 3]
+
+
+@pytest.fixture
+def defaults(tmp_path: Path) -> Defaults:
+    return read_defaults(make_folder(tmp_path / "m"))
+
+
+def text(**fields: object) -> pb.Generation:
+    return pb.Generation(text="hi", **fields)  # type: ignore[arg-type]
+
+
+def params(generation: pb.Generation, defaults: Defaults) -> GenerationParams:
+    check_generation(generation, CONTEXT_LIMIT, defaults)
+    return to_params(generation, PROMPT, CONTEXT_LIMIT, defaults)
+
+
+@pytest.mark.parametrize(
+    ("field", "bad"),
+    [
+        ("temperature", (NAN, INFINITY, -INFINITY, -0.1, 101)),
+        ("top_p", (NAN, 0, -1, 2, INFINITY)),
+        ("min_p", (NAN, -0.1, 1.5)),
+        ("repetition_penalty", (NAN, 0, -1, INFINITY, 1000)),
+    ],
+)
+def test_sampling_limits(defaults: Defaults, field: str, bad: tuple[float, ...]) -> None:
+    for value in bad:
+        generation = text(sampling=pb.SamplingParams(**{field: value}))
+        with pytest.raises(RequestError) as caught:
+            check_generation(generation, CONTEXT_LIMIT, defaults)
+        assert caught.value.reason is Reason.INVALID_FIELD
+        assert caught.value.field == f"generation.sampling.{field}"
+
+
+@pytest.mark.parametrize(
+    ("stopping", "field"),
+    [
+        (pb.StopConditions(max_tokens=0), "max_tokens"),
+        (pb.StopConditions(max_tokens=2, min_tokens=3), "min_tokens"),
+        (pb.StopConditions(stop_sequences=["x"] * 65), "stop_sequences"),
+        (pb.StopConditions(stop_sequences=["x"] * 1_000_000), "stop_sequences"),
+        (pb.StopConditions(stop_sequences=["x", ""]), "stop_sequences[1]"),
+        (pb.StopConditions(stop_sequences=["ä" * 513]), "stop_sequences[0]"),
+        (pb.StopConditions(stop_token_ids=[VOCAB_SIZE]), "stop_token_ids"),
+        (pb.StopConditions(stop_token_ids=[0] * (VOCAB_SIZE + 1)), "stop_token_ids"),
+    ],
+)
+def test_stop_limits(defaults: Defaults, stopping: pb.StopConditions, field: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        check_generation(text(stopping=stopping), CONTEXT_LIMIT, defaults)
+    assert caught.value.field == f"generation.stopping.{field}"
+
+
+def test_stop_limits_are_reached_but_not_passed(defaults: Defaults) -> None:
+    stopping = pb.StopConditions(
+        stop_sequences=["ä" * 512] * 64,
+        stop_token_ids=[0, VOCAB_SIZE - 1, 0],
+        max_tokens=1,
+        min_tokens=1,
+    )
+    result = params(text(stopping=stopping), defaults)
+    assert len(result.stop_sequences) == 64
+    assert result.stop_token_ids == {0, VOCAB_SIZE - 1}
+
+
+@pytest.mark.parametrize(
+    ("generation", "field"),
+    [
+        (pb.Generation(), "generation.prompt"),
+        (pb.Generation(text=""), "generation.text"),
+        (text(truncate_prompt_tokens=0), "generation.truncate_prompt_tokens"),
+        (
+            pb.Generation(token_ids=pb.TokenIds(ids=[1]), add_special_tokens=True),
+            "generation.add_special_tokens",
+        ),
+    ],
+)
+def test_prompt_options(defaults: Defaults, generation: pb.Generation, field: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        check_generation(generation, CONTEXT_LIMIT, defaults)
+    assert caught.value.field == field
+
+
+def test_a_prompt_must_leave_room_for_a_token(defaults: Defaults) -> None:
+    to_params(text(), [1] * (CONTEXT_LIMIT - 1), CONTEXT_LIMIT, defaults)
+    with pytest.raises(RequestError, match=r"64 tokens.* 63 fit") as caught:
+        to_params(text(), [1] * CONTEXT_LIMIT, CONTEXT_LIMIT, defaults)
+    assert caught.value.reason is Reason.CONTEXT_TOO_LONG
+
+
+def test_prompt_ids_are_in_the_vocabulary(defaults: Defaults) -> None:
+    with pytest.raises(RequestError, match="out of range"):
+        to_params(text(), [0, VOCAB_SIZE], CONTEXT_LIMIT, defaults)
+    with pytest.raises(RequestError, match="empty"):
+        to_params(text(), [], CONTEXT_LIMIT, defaults)
+
+
+def test_nothing_set(defaults: Defaults) -> None:
+    first, second = params(text(), defaults), params(text(), defaults)
+    assert first.sampling.temperature == 1.0
+    assert (first.sampling.top_p, first.sampling.top_k, first.sampling.min_p) == (1.0, 0, 0.0)
+    assert first.sampling.repetition_penalty == 1.0
+    assert first.sampling.seed != second.sampling.seed
+    # The context ends it, and so says the finish reason.
+    assert first.max_tokens == CONTEXT_LIMIT
+    assert first.eos_token_ids == {EOS_TOKEN_ID}
+    assert first.text
+    assert first.skip_special_tokens
+
+
+def test_the_models_defaults(tmp_path: Path) -> None:
+    folder = make_folder(
+        tmp_path / "m", temperature=0.5, top_p=0.25, top_k=20, min_p=0.125, do_sample=False
+    )
+    defaults = read_defaults(folder)
+    sampling = params(text(), defaults).sampling
+    assert (sampling.temperature, sampling.top_p) == (0.5, 0.25)
+    assert (sampling.top_k, sampling.min_p) == (20, 0.125)
+    asked = pb.SamplingParams(temperature=0, top_k=0, seed=0)
+    sampling = params(text(sampling=asked), defaults).sampling
+    assert (sampling.temperature, sampling.top_k, sampling.seed) == (0, 0, 0)
+    assert sampling.top_p == 0.25
+
+
+def test_a_models_bad_default_is_named(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "m", top_p=7)
+    with pytest.raises(ValueError, match=r"generation_config\.json.*top_p"):
+        read_defaults(folder)
+
+
+def test_top_k_beyond_the_vocabulary_and_tiny_temperatures(defaults: Defaults) -> None:
+    asked = pb.SamplingParams(top_k=VOCAB_SIZE, temperature=1e-30)
+    sampling = params(text(sampling=asked), defaults).sampling
+    assert (sampling.top_k, sampling.temperature) == (0, 0)
+
+
+def test_min_tokens_suppress_whatever_would_stop(defaults: Defaults) -> None:
+    stopping = pb.StopConditions(min_tokens=5, stop_token_ids=[7])
+    result = params(text(stopping=stopping), defaults)
+    assert list(result.sampling.suppressed_token_ids) == [7, EOS_TOKEN_ID]
+    assert result.sampling.suppress_until_position == len(PROMPT) + 5
+    stopping.ignore_eos = True
+    result = params(text(stopping=stopping), defaults)
+    assert list(result.sampling.suppressed_token_ids) == [7]
+    assert result.eos_token_ids == frozenset()
+
+
+def test_numbers_beyond_the_context(defaults: Defaults) -> None:
+    most = 2**32 - 1
+    stopping = pb.StopConditions(min_tokens=most, max_tokens=most)
+    result = params(text(stopping=stopping), defaults)
+    assert (result.min_tokens, result.max_tokens) == (CONTEXT_LIMIT, CONTEXT_LIMIT)
+
+
+def test_numbers_equal_the_protos() -> None:
+    for reason in FinishReason:
+        assert pb.FinishReason.Name(pb.FinishReason.ValueType(reason)).endswith(reason.name)
+    for state in WorkerState:
+        assert admin_pb2.WorkerState.Value(f"WORKER_STATE_{state.name}") == state

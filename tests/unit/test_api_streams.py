@@ -1,0 +1,145 @@
+"""Live requests: ids, gathering, cancels at every moment, and draining."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from mili.internal.v1.step_pb2 import Sampling
+from mili.router.api.streams import Streams
+from mili.router.errors import Reason, RequestError
+from mili.router.request import FinishReason, GenerationParams
+from tests.fake_engine import FakeEngine
+
+PARAMS = GenerationParams(prompt_token_ids=[1, 2], sampling=Sampling(seed=1), max_tokens=4)
+
+
+@pytest.fixture
+def engine() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+async def streams(engine: FakeEngine) -> Streams:
+    streams = Streams(engine)
+    engine.deliver = streams.deliver
+    return streams
+
+
+async def test_outputs_gather_until_they_are_taken(streams: Streams, engine: FakeEngine) -> None:
+    stream = streams.open("a", whole=False)
+    streams.submit(stream, PARAMS)
+    engine.step()
+    first = await stream.take()
+    assert (first.text, first.token_ids, first.first_token_index) == ("a", [0], 0)
+    assert first.started is not None
+    engine.step()
+    engine.step()
+    engine.step()
+    rest = await stream.take()
+    assert (rest.text, rest.token_ids, rest.first_token_index) == ("bcd", [1, 2, 3], 1)
+    assert rest.started is None
+    assert rest.finished is not None
+    assert len(streams) == 0
+
+
+async def test_a_reader_of_the_whole_sleeps_to_the_end(
+    streams: Streams, engine: FakeEngine
+) -> None:
+    stream = streams.open("a", whole=True)
+    streams.submit(stream, PARAMS)
+    reader = asyncio.create_task(stream.take())
+    for _ in range(3):
+        engine.step()
+        await asyncio.sleep(0)
+        assert not reader.done()
+    engine.step()
+    assert (await reader).text == "abcd"
+
+
+async def test_a_live_id_is_taken_and_an_ended_one_is_free(
+    streams: Streams, engine: FakeEngine
+) -> None:
+    stream = streams.open("a", whole=False)
+    with pytest.raises(RequestError) as caught:
+        streams.open("a", whole=False)
+    assert caught.value.reason is Reason.REQUEST_ID_CONFLICT
+    streams.submit(stream, PARAMS)
+    streams.close(stream)
+    assert engine.cancelled.get_nowait() == "a"
+    streams.open("a", whole=False)
+
+
+async def test_cancel_before_during_and_after(streams: Streams, engine: FakeEngine) -> None:
+    with pytest.raises(KeyError):
+        streams.cancel("a")
+    stream = streams.open("a", whole=False)
+    assert streams.cancel("a")  # while the prompt is still text
+    streams.submit(stream, PARAMS)
+    assert not engine.lengths
+    taken = await stream.take()
+    assert taken.finished is not None
+    assert taken.finished.finish.reason is FinishReason.CANCELLED
+    assert not streams.cancel("a")
+    again = streams.open("a", whole=False)
+    streams.submit(again, PARAMS)
+    assert streams.cancel("a")
+    assert again.finished is not None
+    assert not streams.cancel("a")
+
+
+async def test_a_failed_submit_leaves_nothing(streams: Streams, engine: FakeEngine) -> None:
+    engine.refusal = RequestError(Reason.QUEUE_FULL, "full")
+    stream = streams.open("a", whole=False)
+    with pytest.raises(RequestError):
+        streams.submit(stream, PARAMS)
+    streams.close(stream)
+    assert len(streams) == 0
+
+
+async def test_late_outputs_of_a_closed_stream_reach_nobody(
+    streams: Streams, engine: FakeEngine
+) -> None:
+    old = streams.open("a", whole=False)
+    streams.submit(old, PARAMS)
+    streams.close(old)
+    new = streams.open("a", whole=False)
+    streams.submit(new, PARAMS)
+    streams.close(old)  # a second close must not touch the new one
+    assert len(streams) == 1
+    engine.step()
+    assert (await new.take()).text == "a"
+
+
+async def test_ended_ids_are_not_remembered_for_ever(streams: Streams) -> None:
+    for number in range(5000):
+        streams.close(streams.open(str(number), whole=False))
+    assert not streams.cancel("4999")
+    with pytest.raises(KeyError):
+        streams.cancel("0")
+
+
+async def test_drain_waits_for_the_last(streams: Streams, engine: FakeEngine) -> None:
+    stream = streams.open("a", whole=False)
+    streams.submit(stream, PARAMS)
+    drained = asyncio.create_task(streams.drain(60))
+    await asyncio.sleep(0)
+    with pytest.raises(RequestError) as caught:
+        streams.open("b", whole=False)
+    assert caught.value.reason is Reason.DRAINING
+    assert not drained.done()
+    await engine.run()
+    await drained
+
+
+async def test_drain_ends_what_takes_too_long(streams: Streams, engine: FakeEngine) -> None:
+    stream = streams.open("a", whole=False)
+    streams.submit(stream, PARAMS)
+    await streams.drain(0.01)
+    finished = (await stream.take()).finished
+    assert finished is not None
+    assert finished.finish.error is not None
+    assert finished.finish.error.reason is Reason.DRAINING
+    assert not engine.lengths
+    assert len(streams) == 0

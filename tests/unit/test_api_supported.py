@@ -1,0 +1,171 @@
+"""Which fields work: every other field of every request is refused, and says which."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.message import Message
+
+from mili.router.api.supported import check_supported
+from mili.router.errors import Reason, RequestError
+from mili.v1 import inference_pb2 as pb
+
+WORKING = {
+    "request_id",
+    *(f"generation.{name}" for name in ("model", "text", "token_ids.ids")),
+    *(f"generation.{name}" for name in ("truncate_prompt_tokens", "add_special_tokens")),
+    *(
+        f"generation.chat.messages[0].{name}"
+        for name in ("role", "content", "reasoning_content", "tool_call_id", "name")
+    ),
+    "generation.chat.template_variables_json",
+    *(
+        f"generation.sampling.{name}"
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+    ),
+    *(
+        f"generation.stopping.{name}"
+        for name in ("max_tokens", "min_tokens", "stop_sequences", "stop_token_ids")
+    ),
+    *(f"generation.stopping.{name}" for name in ("include_stop_text", "ignore_eos")),
+    *(
+        f"generation.output.{name}"
+        for name in ("text", "token_ids", "skip_special_tokens", "timing")
+    ),
+}
+DURATION = "google.protobuf.Duration"
+
+
+def leaves(message: Message, descriptor: Descriptor, prefix: str = "") -> Iterator[str]:
+    """Set each leaf field of `message` in turn, yielding its path while nothing else is set."""
+    for field in descriptor.fields:
+        path = prefix + field.name
+        if field.message_type is None or is_map(field):
+            set_leaf(message, field)
+            yield path
+        elif field.message_type.full_name == DURATION:
+            getattr(message, field.name).seconds = 1
+            yield path
+        elif field.is_repeated:
+            yield from leaves(getattr(message, field.name).add(), field.message_type, path + "[0].")
+        elif not field.message_type.fields:
+            getattr(message, field.name).SetInParent()
+            yield path
+        else:
+            yield from leaves(getattr(message, field.name), field.message_type, path + ".")
+        message.ClearField(field.name)
+
+
+def is_map(field: FieldDescriptor) -> bool:
+    assert field.message_type is not None
+    return field.message_type.GetOptions().map_entry
+
+
+def set_leaf(message: Message, field: FieldDescriptor) -> None:
+    if field.message_type is not None:
+        getattr(message, field.name)[1] = 1.0
+        return
+    value: Any = {
+        FieldDescriptor.CPPTYPE_STRING: "x",
+        FieldDescriptor.CPPTYPE_BOOL: True,
+        FieldDescriptor.CPPTYPE_FLOAT: 0.5,
+    }.get(field.cpp_type, 7)
+    if field.is_repeated:
+        getattr(message, field.name).append(value)
+    else:
+        setattr(message, field.name, value)
+
+
+def refused(message: Message) -> RequestError | None:
+    try:
+        check_supported(message)
+    except RequestError as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("request_type", [pb.GenerateRequest, pb.GenerateStreamRequest])
+def test_exactly_the_working_fields_are_taken(request_type: type[Message]) -> None:
+    request = request_type()
+    taken = set()
+    for path in leaves(request, request_type.DESCRIPTOR):
+        error = refused(request)
+        if error is None:
+            taken.add(path)
+            continue
+        assert error.reason is Reason.UNSUPPORTED_FIELD
+        # A list or a oneof's member that does not work is named as a whole.
+        assert path.startswith(error.field), path
+        assert error.field in str(error)
+    assert taken == WORKING
+
+
+def test_neutral_values_say_nothing() -> None:
+    request = pb.GenerateStreamRequest()
+    sampling = request.generation.sampling
+    sampling.presence_penalty = 0
+    sampling.frequency_penalty = 0
+    sampling.num_sequences = 1
+    request.generation.structured_output.after_reasoning = False
+    request.generation.structured_output.SetInParent()
+    request.generation.scheduling.max_queue_time.seconds = 0
+    request.generation.scheduling.max_queue_time.SetInParent()
+    request.generation.cache.SetInParent()
+    request.stream_options.resume_window.SetInParent()
+    request.stream_options.include_recovery_notices = False
+    check_supported(request)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_sequences", 0),
+        ("num_sequences", 2),
+        ("presence_penalty", float("nan")),
+        ("frequency_penalty", -0.5),
+    ],
+)
+def test_near_neutral_values_are_refused(field: str, value: float) -> None:
+    request = pb.GenerateRequest()
+    setattr(request.generation.sampling, field, value)
+    error = refused(request)
+    assert error is not None
+    assert error.field == f"generation.sampling.{field}"
+
+
+def test_an_explicit_zero_is_refused_where_it_asks_for_something() -> None:
+    request = pb.GenerateRequest()
+    request.generation.output.top_logprobs = 0  # the log-probability of each token
+    error = refused(request)
+    assert error is not None
+    assert error.field == "generation.output.top_logprobs"
+
+
+def test_an_empty_member_of_a_oneof_is_a_choice() -> None:
+    request = pb.GenerateRequest()
+    request.generation.structured_output.json_object.SetInParent()
+    error = refused(request)
+    assert error is not None
+    assert error.field == "generation.structured_output.json_object"
+
+
+def test_the_path_names_the_entry_of_a_list() -> None:
+    request = pb.GenerateRequest()
+    for _ in range(3):
+        request.generation.chat.messages.add(role="user", content="x")
+    request.generation.chat.messages[2].tool_calls.add(name="f")
+    error = refused(request)
+    assert error is not None
+    assert error.field == "generation.chat.messages[2].tool_calls"
+
+
+def test_a_list_of_messages_has_a_limit() -> None:
+    request = pb.GenerateRequest()
+    for _ in range(8193):
+        request.generation.chat.messages.add()
+    error = refused(request)
+    assert error is not None
+    assert (error.reason, error.field) == (Reason.INVALID_FIELD, "generation.chat.messages")
