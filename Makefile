@@ -17,7 +17,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
 demo: .venv/.mili
 	$(BIN)/mili pull smollm2-135m
-	$(BIN)/mili demo "$(PROMPT)"
+	@$(BIN)/python examples/demo.py "$(PROMPT)"
 
 test: .venv/.dev lint types
 	$(BIN)/pytest -n 2 -m "not slow and not gpu"

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import cast
 
 import grpc
-from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]
+from google.rpc import error_details_pb2, status_pb2
 
 from mili.v1 import inference_pb2
 

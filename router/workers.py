@@ -16,6 +16,7 @@ from google.protobuf.message import DecodeError
 
 from mili.internal.v1.step_pb2 import (
     FAILURE_KIND_GAP,
+    FAILURE_KIND_REFUSED,
     Failure,
     Goodbye,
     Heartbeat,
@@ -187,8 +188,8 @@ class Workers:
         if failure.kind == FAILURE_KIND_GAP:
             self._end(peer, f"frames to worker {peer.name} were lost", now)
         else:
-            reason = f"worker {peer.name} failed: {failure.message}"
-            self._end(peer, reason, now, gone=True)
+            verb = "left" if failure.kind == FAILURE_KIND_REFUSED else "failed"
+            self._end(peer, f"worker {peer.name} {verb}: {failure.message}", now, gone=True)
 
     def _welcome(self, peer: WorkerPeer, now: float) -> None:
         epoch = self._new_epoch()

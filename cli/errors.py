@@ -1,0 +1,28 @@
+"""How a command ends: the exit codes, and the error that carries one with its line.
+
+Owns nothing else: who prints the line is main.py's business.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What a supervisor, a script or Kubernetes can tell from the exit code alone."""
+
+    CLEAN = 0
+    CRASH = 1
+    USAGE = 2
+    # EX_CONFIG of sysexits.h: the router refused this worker, and would again.
+    REFUSED = 78
+    # As a shell reports a death by SIGINT.
+    INTERRUPTED = 130
+
+
+class CommandError(Exception):
+    """Ends the command with one clear line and no traceback."""
+
+    def __init__(self, message: str, exit_code: ExitCode = ExitCode.USAGE) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

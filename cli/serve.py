@@ -1,0 +1,164 @@
+"""`mili serve`: a router and its workers on this machine.
+
+Owns what serve decides for its children: the link between them, ports, threads, memory. Does not
+know where a setting came from (settings.py) or how processes are kept alive (supervisor.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import grpc
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2_grpc import HealthStub
+from pydantic import BaseModel
+
+from mili.cli.errors import CommandError
+from mili.cli.serve_config import ServeConfig
+from mili.cli.settings import to_environment, without_settings
+from mili.cli.supervisor import Child, Patience, Supervisor
+from mili.router.config import RouterConfig
+from mili.v1.model_pb2 import ListModelsRequest
+from mili.v1.model_pb2_grpc import ModelServiceStub
+from mili.worker.config import WorkerConfig
+
+# An ipc address is the path of a socket, and the kernel takes no longer one.
+_LONGEST_SOCKET_PATH = 107
+# GNU OpenMP's threads spin while they wait; unbounded, two workers starve each other.
+_SPIN_COUNT = "1000"
+# The workers' common part of the memory that is available at start.
+_KV_CACHE_SHARE = 0.25
+
+
+def serve(config: ServeConfig) -> int:
+    """Run until a signal, or until nothing is left that could serve; return the exit code.
+
+    config.model is a folder.
+    """
+    with tempfile.TemporaryDirectory(prefix="mili-") as folder:
+        link = Path(folder) / "workers"
+        if len(os.fsencode(link)) > _LONGEST_SOCKET_PATH:
+            raise CommandError(f"TMPDIR is too long for a socket's path: {link}")
+        router = router_config(config, f"ipc://{link}")
+        workers = worker_configs(config, f"ipc://{link}")
+        return asyncio.run(_serve(router, workers))
+
+
+async def _serve(router: RouterConfig, workers: list[WorkerConfig]) -> int:
+    supervisor = Supervisor(
+        _child("router", "router", router, {}),
+        [_child(worker.name, "worker", worker, _thread_limits(worker)) for worker in workers],
+        Patience(drain=router.drain_timeout),
+    )
+    announcement = asyncio.create_task(_announce(router, len(workers)))
+    try:
+        return await supervisor.run()
+    finally:
+        announcement.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await announcement
+
+
+def router_config(config: ServeConfig, link: str) -> RouterConfig:
+    """Port 0 is settled here, so that a restarted router has the same one."""
+    return RouterConfig.model_validate(
+        config.model_dump(include=set(RouterConfig.model_fields))
+        | {
+            "worker_link": link,
+            "port": config.port or _free_port(config.host),
+            "admin_port": config.admin_port or _free_port(config.admin_host),
+        }
+    )
+
+
+def worker_configs(config: ServeConfig, link: str) -> list[WorkerConfig]:
+    """The machine's cores and memory are shared out evenly."""
+    cores = len(os.sched_getaffinity(0))
+    shared = config.model_dump(include=set(WorkerConfig.model_fields)) | {
+        "router": link,
+        "num_threads": config.num_threads or max(1, cores // config.workers),
+    }
+    sized = config.kv_cache_memory_bytes or config.num_gpu_blocks_override
+    if config.workers > 1 and not sized:
+        share = _available_memory() * _KV_CACHE_SHARE / config.workers
+        shared["kv_cache_memory_bytes"] = int(share)
+    return [
+        WorkerConfig.model_validate(shared | {"name": f"worker-{number}"})
+        for number in range(config.workers)
+    ]
+
+
+def _child(name: str, command: str, config: BaseModel, extra: Mapping[str, str]) -> Child:
+    """Settings travel as environment variables: `--print-config` in the child shows them."""
+    inherited = without_settings(os.environ, (RouterConfig, WorkerConfig, ServeConfig))
+    return Child(
+        name,
+        # -P: the working directory must not offer its folders as modules.
+        [sys.executable, "-P", "-m", "mili.cli.main", command],
+        {**inherited, **extra, **to_environment(config)},
+    )
+
+
+def _thread_limits(worker: WorkerConfig) -> dict[str, str]:
+    return {
+        "OMP_NUM_THREADS": str(worker.num_threads),
+        "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", _SPIN_COUNT),
+    }
+
+
+def _free_port(host: str) -> int:
+    family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as probe:
+        probe.bind(address)
+        port = probe.getsockname()[1]
+    assert isinstance(port, int)
+    return port
+
+
+def _available_memory() -> int:
+    """Bytes, as the kernel estimates them."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise CommandError("cannot tell the available memory: give --kv-cache-memory-bytes")
+
+
+async def _announce(router: RouterConfig, workers: int) -> None:
+    """Print one line when the API answers, for people and for scripts that wait for it."""
+    options = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500))
+    async with grpc.aio.insecure_channel(_reachable(router), options) as channel:
+        while True:
+            with contextlib.suppress(grpc.aio.AioRpcError):
+                await _serving(channel)
+                models = await ModelServiceStub(channel).ListModels(ListModelsRequest())
+                break
+            await asyncio.sleep(0.2)
+    name = models.models[0].name
+    plural = "worker" if workers == 1 else "workers"
+    where = f"{_bracketed(router.host)}:{router.port}"
+    print(f"ready: grpc on {where}, model {name}, {workers} {plural}", flush=True)
+
+
+async def _serving(channel: grpc.aio.Channel) -> None:
+    request = health_pb2.HealthCheckRequest(service="readiness")
+    watch = HealthStub(channel).Watch  # type: ignore[attr-defined]  # missing in its stub package
+    async for response in watch(request, wait_for_ready=True):
+        if response.status == health_pb2.HealthCheckResponse.SERVING:
+            return
+
+
+def _reachable(router: RouterConfig) -> str:
+    """Where this machine reaches the API: a wildcard address is none to connect to."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(router.host, router.host)
+    return f"{_bracketed(host)}:{router.port}"
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host

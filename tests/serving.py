@@ -1,0 +1,79 @@
+"""`mili serve` as a real tree of processes, for tests."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+MILI = [sys.executable, "-P", "-m", "mili.cli.main"]
+
+
+class Served:
+    """A running `mili serve`. `log` is its stderr, `address` and `admin` are host:port."""
+
+    def __init__(self, process: subprocess.Popen[str], log: Path, admin_port: int) -> None:
+        self.process = process
+        self.log = log
+        self.admin = f"127.0.0.1:{admin_port}"
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line.startswith("ready: "), f"mili serve did not get ready:\n{log.read_text()}"
+        self.address = line.split()[3].rstrip(",")
+
+    def children(self, command: str) -> list[psutil.Process]:
+        """The child processes that run `mili COMMAND`, as in "worker"."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [child for child in children if child.cmdline()[-1:] == [command]]
+
+    def stop(self, patience: float = 30.0) -> int:
+        """End it as an operator would; its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(patience)
+
+
+@contextmanager
+def serving(model: Path | str, log: Path, *flags: str, **environment: str) -> Iterator[Served]:
+    """Serve a model on a free port; in the end it must drain and exit 0."""
+    admin_port = free_port()
+    command = [*MILI, "serve", str(model), "--port", "0", "--admin-port", str(admin_port), *flags]
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            env={**os.environ, **environment},
+        )
+    try:
+        served = Served(process, log, admin_port)
+        yield served
+        if process.poll() is None:
+            assert served.stop() == 0, log.read_text()
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:
+    """Poll a condition that no event tells of."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        time.sleep(0.02)
