@@ -221,10 +221,10 @@ class Engine:
         self._deliver([*(self._output(request, token) for request, token in news), *started])
 
     @_event
-    def on_lost(self, group: WorkerGroup, reason: str) -> None:
+    def on_lost(self, group: WorkerGroup, reason: str, *, died: bool) -> None:
         """A worker group is gone, and its cache with it: its requests go on elsewhere."""
         del self._groups[group.name]
-        requests = self._schedulers.pop(group.name).evacuate()
+        requests = self._schedulers.pop(group.name).evacuate(died=died)
         log.warning("worker lost", worker=group.name, reason=reason, requests=len(requests))
         now = self._clock()
         poison = [request for request in requests if request.strikes >= MAX_STRIKES]

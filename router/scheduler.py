@@ -134,12 +134,13 @@ class Scheduler:
                 news.append((request, token))
         return news
 
-    def evacuate(self) -> list[Request]:
+    def evacuate(self, *, died: bool) -> list[Request]:
         """The worker group is gone: give up everything; returns what must go elsewhere, in order.
 
-        Those in an executing step become suspects, and the only one gets a strike.
+        If it died, those in an executing step become suspects, and the only one gets a strike.
         """
-        self._suspect()
+        if died:
+            self._suspect()
         requests = [*self.running.values(), *self.waiting.values()]
         for request in requests:
             request.num_recoveries += request.row > 0

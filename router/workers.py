@@ -52,8 +52,12 @@ class WorkerEvents(Protocol):
     def on_result(self, group: WorkerGroup, result: StepResult) -> None:
         """The oldest command in flight of the group is done."""
 
-    def on_lost(self, group: WorkerGroup, reason: str) -> None:
-        """The group served and does not any more; nothing in flight will be answered."""
+    def on_lost(self, group: WorkerGroup, reason: str, *, died: bool) -> None:
+        """The group served and does not any more; nothing in flight will be answered.
+
+        died: it broke down, perhaps because of what it was computing; it did not just lose a frame
+        or end when it was told to.
+        """
 
 
 def random_epoch() -> int:
@@ -124,7 +128,7 @@ class Workers:
             problem = peer.liveness.silent(self._timeout, now)
             problem = problem or self._roster.group_of(peer).hung(peer, self._timeout, now)
             if problem:
-                self._end(peer, f"worker {peer.name} {problem}", now, gone=True)
+                self._end(peer, f"worker {peer.name} {problem}", now, gone=True, died=True)
         self._roster.forget_lost(now)
 
     def _on_frame(self, peer: WorkerPeer, frame: WorkerFrame, now: float) -> None:
@@ -147,7 +151,8 @@ class Workers:
         old = self._roster.peers.get(hello.worker)
         if old and old.instance != hello.instance:
             self._roster.fence(old)
-            self._dismiss(old, f"a newer process has taken over the name {old.name}", now)
+            reason = f"a newer process has taken over the name {old.name}"
+            self._dismiss(old, reason, now, died=True)
         elif old and old.epoch:
             self._end(old, f"worker {old.name} says hello again", now, gone=True)
         peer = WorkerPeer(hello, routing_id, now)
@@ -188,8 +193,9 @@ class Workers:
         if failure.kind == FAILURE_KIND_GAP:
             self._end(peer, f"frames to worker {peer.name} were lost", now)
         else:
-            verb = "left" if failure.kind == FAILURE_KIND_REFUSED else "failed"
-            self._end(peer, f"worker {peer.name} {verb}: {failure.message}", now, gone=True)
+            died = failure.kind != FAILURE_KIND_REFUSED
+            reason = f"worker {peer.name} {'failed' if died else 'left'}: {failure.message}"
+            self._end(peer, reason, now, gone=True, died=died)
 
     def _welcome(self, peer: WorkerPeer, now: float) -> None:
         epoch = self._new_epoch()
@@ -197,7 +203,15 @@ class Workers:
         peer.open(epoch, now)
         peer.flush(self._send)
 
-    def _end(self, peer: WorkerPeer, reason: str, now: float, *, gone: bool = False) -> None:
+    def _end(
+        self,
+        peer: WorkerPeer,
+        reason: str,
+        now: float,
+        *,
+        gone: bool = False,
+        died: bool = False,
+    ) -> None:
         """End the epoch of a worker's whole group; begin a new one, without it if it is gone."""
         group = self._roster.group_of(peer)
         alive = [rank for rank in group.ranks.values() if rank.epoch]
@@ -206,17 +220,18 @@ class Workers:
             rank.close()
         log.info("worker epoch ends", group=group.name, reason=reason)
         if group.close():
-            self._events.on_lost(group, reason)
+            self._events.on_lost(group, reason, died=died)
         for rank in alive:
             if not (gone and rank is peer):
                 self._welcome(rank, now)
 
-    def _dismiss(self, peer: WorkerPeer, reason: str, now: float) -> None:
+    def _dismiss(self, peer: WorkerPeer, reason: str, now: float, *, died: bool = False) -> None:
         """Tell a worker, if it still listens, that it is not wanted."""
         if peer.epoch:
             peer.queue(RouterFrame(goodbye=Goodbye(reason=reason)))
             peer.flush(self._send)
-            self._end(peer, f"worker {peer.name} was dismissed: {reason}", now, gone=True)
+            told = f"worker {peer.name} was dismissed: {reason}"
+            self._end(peer, told, now, gone=True, died=died)
 
     def _refuse(self, routing_id: bytes, hello: Hello, reason: str) -> None:
         log.error("worker refused", worker=hello.worker, reason=reason)

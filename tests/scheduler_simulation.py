@@ -170,7 +170,7 @@ class Simulation:
         return True
 
     def _crash(self) -> bool:
-        requests = self.scheduler.evacuate()
+        requests = self.scheduler.evacuate(died=self.random.random() < 0.7)
         assert [request.request_id for request in requests] != [] or not self.live
         self._new_worker()
         self.totals["crashes"] += 1

@@ -174,7 +174,7 @@ def test_a_lost_worker_moves_its_requests_to_another() -> None:
     for _ in range(3):
         harness.answer(harness.groups[0])
     harness.groups[0].restart()
-    harness.engine.on_lost(harness.groups[0], "killed")
+    harness.engine.on_lost(harness.groups[0], "killed", died=True)
     harness.finish()
     for index in range(4):
         assert harness.tokens(f"r{index}") == FakeModel().alone(LONG, 1, 10)
@@ -189,7 +189,7 @@ def test_requests_wait_for_the_only_worker_to_come_back() -> None:
     harness.engine.submit("a", params(LONG))
     harness.answer(group)
     group.restart()
-    harness.engine.on_lost(group, "killed")
+    harness.engine.on_lost(group, "killed", died=True)
     assert not harness.engine.is_serving
     harness.now = 59.0
     harness.engine.tick()
@@ -202,7 +202,7 @@ def test_requests_do_not_wait_for_ever() -> None:
     harness = Harness(1)
     harness.engine.on_ready(harness.groups[0])
     harness.engine.submit("a", params(LONG))
-    harness.engine.on_lost(harness.groups[0], "killed")
+    harness.engine.on_lost(harness.groups[0], "killed", died=True)
     harness.now = 61.0
     harness.engine.tick()
     error = harness.finished("a").finish.error
@@ -218,13 +218,27 @@ def test_the_lone_suspect_of_two_deaths_is_poison_and_the_others_go_on() -> None
         harness.engine.submit(name, params(LONG))
     for _ in range(3):
         group.restart()
-        harness.engine.on_lost(group, "died")
+        harness.engine.on_lost(group, "died", died=True)
         harness.engine.on_ready(group)
     error = harness.finished("poison").finish.error
     assert error is not None and error.reason == Reason.POISON_REQUEST
     harness.finish()
     for name in ("b", "c"):
         assert harness.tokens(name) == FakeModel().alone(LONG, 1, 10)
+
+
+def test_a_worker_that_did_not_die_leaves_no_suspect() -> None:
+    harness = Harness(1)
+    group = harness.groups[0]
+    harness.engine.on_ready(group)
+    harness.engine.submit("a", params(LONG))
+    for _ in range(5):
+        group.restart()
+        harness.engine.on_lost(group, "frames were lost", died=False)
+        harness.engine.on_ready(group)
+    harness.finish()
+    assert harness.tokens("a") == FakeModel().alone(LONG, 1, 10)
+    assert harness.finished("a").timing.recoveries == 5
 
 
 def test_cancel_ends_a_request_wherever_it_is() -> None:
@@ -236,7 +250,7 @@ def test_cancel_ends_a_request_wherever_it_is() -> None:
     assert harness.engine.cancel("r0")  # running
     assert harness.engine.cancel("r8")  # waiting
     assert not harness.engine.cancel("r0")
-    harness.engine.on_lost(group, "killed")
+    harness.engine.on_lost(group, "killed", died=True)
     assert harness.engine.cancel("r1")  # without a worker
     group.restart()
     harness.engine.on_ready(group)
@@ -281,7 +295,7 @@ def test_random_histories_over_three_workers(seed: int) -> None:
         elif action == "toggle":
             group.restart()
             if serving[group]:
-                harness.engine.on_lost(group, "toggled")
+                harness.engine.on_lost(group, "toggled", died=True)
             else:
                 harness.engine.on_ready(group)
             serving[group] = not serving[group]

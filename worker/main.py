@@ -1,0 +1,201 @@
+"""The worker process: say Hello, load the model, execute steps in order until told to stop.
+
+Owns the order of a worker's life and its exit code. Does not know sockets (connection.py), nor
+how a step is computed (runner.py): any Runner will do.
+"""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import Protocol
+
+import structlog
+
+from mili.hub.folder import ModelFolder, interface_sha256, read_model_folder, weights_sha256
+from mili.hub.resolve import resolve
+from mili.internal.v1.step_pb2 import (
+    FAILURE_KIND_INTERNAL,
+    FAILURE_KIND_REFUSED,
+    WORKER_PHASE_IDLE,
+    WORKER_PHASE_LOADING,
+    WORKER_PHASE_WARMING,
+    Failure,
+    FailureKind,
+    Hello,
+    Ready,
+    StepCommand,
+    StepResult,
+    Welcome,
+)
+from mili.worker.config import WorkerConfig
+from mili.worker.connection import Connection
+from mili.worker.health import HealthServer
+from mili.worker.progress import Progress
+from mili.worker.session import PROTOCOL, Command, Dismissed, Opened
+from mili.worker.worker_keys import read_worker_keys
+
+log = structlog.get_logger()
+
+EXIT_CLEAN = 0
+EXIT_FAILED = 1
+# EX_CONFIG of sysexits.h: the router refused this worker, and would again.
+EXIT_REFUSED = 78
+# The one reason in a Goodbye that is not a refusal.
+DRAIN = "drain"
+
+
+class Runner(Protocol):
+    """What the step loop needs of a model."""
+
+    def ready(self) -> Ready:
+        """What this worker can do."""
+
+    def warm_up(self) -> None:
+        """Run what a first step would otherwise wait for."""
+
+    def reset(self) -> None:
+        """Empty the table: a new epoch begins."""
+
+    def execute(self, command: StepCommand) -> StepResult:
+        """Execute one step."""
+
+
+class Stopped(BaseException):
+    """A signal came while the model was loading. No error: nothing on the way may catch it."""
+
+
+class StepError(Exception):
+    """A step failed, and was reported: the table cannot be trusted any more."""
+
+
+def run(config: WorkerConfig) -> int:
+    """Run a worker until it is told to stop; returns the exit code.
+
+    Raises ValueError or OSError for a model, key or port that is not there or not right.
+    """
+    folder = read_model_folder(resolve(config.model))
+    keys = read_worker_keys(config.worker_keys) if config.worker_keys else None
+    health = HealthServer(config.health_port) if config.health_port else None
+    progress = Progress()
+    connection = Connection(
+        config.router,
+        make_hello(config, folder),
+        progress,
+        keys=keys,
+        on_serving=health.set_ready if health else lambda serving: None,
+    )
+    stop_on_signals(connection, progress)
+
+    def load(welcome: Welcome) -> Runner:
+        # Takes seconds to import, which the router need not wait for.
+        from mili.worker.runner import ModelRunner
+
+        blocks = {"num_gpu_blocks_override": welcome.num_blocks} if welcome.num_blocks else {}
+        return ModelRunner(folder, config.model_copy(update=blocks))
+
+    try:
+        return serve(connection, progress, load)
+    finally:
+        connection.close()
+        if health:
+            health.close()
+
+
+def make_hello(config: WorkerConfig, folder: ModelFolder) -> Hello:
+    return Hello(
+        protocol_min=PROTOCOL,
+        protocol_max=PROTOCOL,
+        worker=config.name or socket.gethostname(),
+        instance=secrets.token_hex(8),
+        world_size=1,
+        interface_sha256=interface_sha256(folder),
+        weights_sha256=weights_sha256(folder),
+        dtype=config.dtype,
+        kv_dtype=config.dtype,
+    )
+
+
+def stop_on_signals(connection: Connection, progress: Progress) -> None:
+    """SIGTERM and SIGINT: finish the steps that wait, or leave at once while loading."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        if progress.phase in (WORKER_PHASE_LOADING, WORKER_PHASE_WARMING):
+            raise Stopped
+        connection.stop(DRAIN)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+
+
+def serve(connection: Connection, progress: Progress, load: Callable[[Welcome], Runner]) -> int:
+    """Wait for the router, load the model, execute steps; returns the exit code."""
+    try:
+        event = connection.receive()
+        if isinstance(event, Opened):
+            runner = _load(connection, progress, load, event.welcome)
+            while not isinstance(event, Dismissed):
+                _handle(event, connection, progress, runner)
+                event = connection.receive()
+    except Stopped:
+        event = Dismissed(DRAIN)
+    except StepError:
+        return EXIT_FAILED
+    assert isinstance(event, Dismissed), event
+    if event.reason != DRAIN:
+        log.error("the router refused this worker", reason=event.reason)
+        return EXIT_REFUSED
+    _fail(connection, FAILURE_KIND_REFUSED, "it was told to stop")
+    return EXIT_CLEAN
+
+
+def _load(
+    connection: Connection,
+    progress: Progress,
+    load: Callable[[Welcome], Runner],
+    welcome: Welcome,
+) -> Runner:
+    log.info("model is loading")
+    try:
+        runner = load(welcome)
+        progress.enter(WORKER_PHASE_WARMING)
+        runner.warm_up()
+    except ValueError as error:
+        _fail(connection, FAILURE_KIND_REFUSED, str(error))
+        raise
+    except Exception as error:
+        _fail(connection, FAILURE_KIND_INTERNAL, f"{type(error).__name__} while loading")
+        raise
+    return runner
+
+
+def _handle(
+    event: Opened | Command, connection: Connection, progress: Progress, runner: Runner
+) -> None:
+    match event:
+        case Opened(epoch):
+            runner.reset()
+            progress.restart()
+            connection.send(epoch, runner.ready())
+        case Command(epoch, command):
+            progress.start(command.step)
+            try:
+                result = runner.execute(command)
+            except Exception as error:
+                log.exception("step failed", step=command.step)
+                message = f"{type(error).__name__} in step {command.step}"
+                _fail(connection, FAILURE_KIND_INTERNAL, message, command.step)
+                raise StepError from error
+            progress.finish(command.step)
+            connection.send(epoch, result)
+    if not connection.has_waiting:
+        progress.enter(WORKER_PHASE_IDLE)
+
+
+def _fail(connection: Connection, kind: FailureKind.ValueType, message: str, step: int = 0) -> None:
+    """Tell the router, which would otherwise have to notice the silence."""
+    failure = Failure(kind=kind, message=message, step=step)
+    connection.send(connection.epoch, failure)
