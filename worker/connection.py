@@ -131,8 +131,8 @@ class Connection:
             self._connect()
 
     def _wake_up(self) -> None:
-        # A full pipe is as good as one byte: the thread will wake.
-        with contextlib.suppress(BlockingIOError):
+        # A full pipe is as good as one byte: the thread will wake. None is left when it has died.
+        with contextlib.suppress(OSError):
             self._wake.send(b"\0")
 
     def _run(self) -> None:

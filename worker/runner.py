@@ -1,0 +1,171 @@
+"""The compute of one worker: a step command in, a step result out.
+
+Owns the model, its KV cache and the sequence table. Does not know where commands come from.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+import numpy as np
+import numpy.typing as npt
+import structlog
+import torch
+
+from mili.hub.folder import ModelFolder
+from mili.internal.v1.step_pb2 import (
+    ROW_FAULT_KIND_NUMERIC,
+    Ready,
+    RowFault,
+    StepCommand,
+    StepResult,
+)
+from mili.worker.batch import Batch, make_batch
+from mili.worker.config import WorkerConfig
+from mili.worker.kv_cache import KVCache, count_blocks
+from mili.worker.models.config import read_decoder_config
+from mili.worker.models.decoder import Decoder
+from mili.worker.sampler import sample_rows
+from mili.worker.sequence_table import IntArray, SequenceTable
+from mili.worker.weights import Checkpoint
+
+log = structlog.get_logger()
+
+_DEFAULT_STEP_TOKENS = 128
+
+
+def choose_dtype(config: WorkerConfig) -> torch.dtype:
+    """bfloat16 is the faster one only where the CPU multiplies it in tiles."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+
+
+class ModelRunner:
+    """Loads a model when it is made; raises ValueError where folder or settings do not fit."""
+
+    def __init__(self, folder: ModelFolder, config: WorkerConfig) -> None:
+        torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+        decoder_config = read_decoder_config(folder.config)
+        limit = config.max_model_len or decoder_config.max_position_embeddings
+        if limit > decoder_config.max_position_embeddings:
+            raise ValueError(
+                f"--max-model-len {limit} is more than the model's own limit of "
+                f"{decoder_config.max_position_embeddings} tokens"
+            )
+        self.dtype = choose_dtype(config)
+        num_blocks = count_blocks(config, decoder_config, self.dtype.itemsize, limit)
+        self._table = SequenceTable(
+            max_rows=config.max_num_seqs + 1,
+            max_model_len=limit,
+            block_size=config.block_size,
+            num_blocks=num_blocks,
+            vocab_size=decoder_config.vocab_size,
+        )
+        self._cache = KVCache(
+            decoder_config,
+            num_blocks=num_blocks,
+            block_size=config.block_size,
+            max_blocks_per_row=self._table.block_table.shape[1],
+            dtype=self.dtype,
+        )
+        self._max_step_tokens = config.max_num_batched_tokens or _DEFAULT_STEP_TOKENS
+        self._vocab_size = decoder_config.vocab_size
+        started = time.perf_counter()
+        checkpoint = Checkpoint(folder.weight_files, self.dtype)
+        self._decoder = Decoder(decoder_config, checkpoint)
+        seconds = time.perf_counter() - started
+        log.info(
+            "model loaded",
+            architecture=decoder_config.architecture,
+            dtype=str(self.dtype).removeprefix("torch."),
+            seconds=round(seconds, 2),
+            megabytes_per_second=round(checkpoint.num_bytes / seconds / 1e6),
+            threads=torch.get_num_threads(),
+            kv_blocks=num_blocks,
+        )
+
+    def ready(self) -> Ready:
+        """What this worker can do, as the router has to know it."""
+        return Ready(
+            num_blocks=self._cache.num_blocks,
+            block_size=self._cache.block_size,
+            max_rows=len(self._table.num_known),
+            max_step_tokens=self._max_step_tokens,
+            max_model_len=self._table.max_model_len,
+            vocab_size=self._vocab_size,
+        )
+
+    def reset(self) -> None:
+        """Forget every row: a new epoch begins."""
+        self._table.reset()
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compute what a step may ask for on the null row, so that no step is the first."""
+        for count in (1, min(self._max_step_tokens, self._table.max_model_len)):
+            zero = np.zeros(1, np.int64)
+            batch = make_batch(self._table, self._cache, zero, zero, np.full(1, count))
+            hidden = self._decoder.forward(batch, self._cache)
+            self._decoder.logits(hidden[:2])
+
+    @torch.inference_mode()
+    def execute(self, command: StepCommand) -> StepResult:
+        """Execute one step. Raises CommandError, after which nothing more may be executed."""
+        started = time.perf_counter()
+        self._table.apply(command)
+        rows, starts, counts = (
+            np.array(column, np.int64)
+            for column in (command.rows, command.starts, command.num_tokens)
+        )
+        num_new, token_ids = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+        alive = np.flatnonzero(~self._table.faulted[rows])
+        if alive.size:
+            batch = make_batch(self._table, self._cache, rows[alive], starts[alive], counts[alive])
+            sampled, tokens = self._compute(batch)
+            places = alive[batch.order[sampled]]
+            num_new[places], token_ids[places] = 1, tokens
+        return StepResult(
+            step=command.step,
+            num_new=num_new.tolist(),
+            token_ids=token_ids[num_new == 1].tolist(),
+            faults=[
+                RowFault(index=index, kind=ROW_FAULT_KIND_NUMERIC)
+                for index in np.flatnonzero(self._table.faulted[rows]).tolist()
+            ],
+            device_microseconds=round((time.perf_counter() - started) * 1e6),
+        )
+
+    def _compute(self, batch: Batch) -> tuple[IntArray, IntArray]:
+        """Run the model; return which of the batch's rows sampled a token, and the tokens."""
+        table = self._table
+        hidden = self._decoder.forward(batch, self._cache)
+        table.num_computed[batch.rows] = batch.ends
+        num_tokens = batch.last_tokens[-1] + 1  # without padding
+        finite = hidden[:num_tokens].isfinite().all(dim=1).numpy()  # [tokens]
+        if not finite.all():
+            self._fault(batch, ~np.logical_and.reduceat(finite, batch.first_tokens))
+        complete = batch.ends == table.num_known[batch.rows]
+        sampled = np.flatnonzero(complete & ~table.faulted[batch.rows])
+        if not sampled.size:
+            return sampled, sampled
+        last_tokens = batch.last_tokens[sampled]
+        # Two rows at least: see `linear`.
+        padded = last_tokens if sampled.size > 1 else np.repeat(last_tokens, 2)
+        logits = self._decoder.logits(hidden[torch.from_numpy(padded)])[: sampled.size]
+        finite = logits.amax(dim=1).isfinite().numpy()  # [sampled]
+        if not finite.all():
+            self._fault(batch, np.isin(np.arange(len(batch.rows)), sampled[~finite]))
+            sampled, logits = sampled[finite], logits[torch.from_numpy(finite)]
+        tokens = sample_rows(logits, table, batch.rows[sampled]).numpy()
+        table.append_tokens(batch.rows[sampled], tokens)
+        return sampled, tokens
+
+    def _fault(self, batch: Batch, rows: npt.NDArray[np.bool_]) -> None:
+        """Mark rows, [rows] bool, until they are admitted again, and clear what they wrote."""
+        self._table.faulted[batch.rows[rows]] = True
+        counts = batch.last_tokens - batch.first_tokens + 1
+        tokens = np.flatnonzero(np.repeat(rows, counts))
+        self._cache.clear(batch.slots[torch.from_numpy(tokens)])
+        log.error("row is not finite", rows=batch.rows[rows].tolist())
