@@ -42,7 +42,7 @@ class RouterConfig(BaseModel):
         default=1024, ge=1, description="Requests that may wait; more are refused."
     )
     worker_timeout: float = Field(
-        default=1.0, gt=0, description="Seconds without progress until a worker is lost."
+        default=1.0, ge=0.5, description="Seconds without progress until a worker is lost."
     )
     recovery_timeout: float = Field(
         default=60.0, ge=0, description="Seconds a request waits for a worker before it fails."

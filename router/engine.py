@@ -34,6 +34,8 @@ from mili.router.worker_group import WorkerGroup
 RETRY_AFTER = 1.0
 # Deaths of the worker under a lone suspect, without a token between, that make it the cause.
 MAX_STRIKES = 2
+# Deaths of its worker that one request may live through.
+MAX_DEATHS = 16
 
 Deliver = Callable[[list[RequestOutput]], None]
 Clock = Callable[[], float]
@@ -208,9 +210,11 @@ class Engine:
             max_sequences=scheduler.max_running,
             tokens_per_step=limits.max_step_tokens,
         )
-        homeless = list(self._homeless.values())
+        # Whoever waits elsewhere may be better off here.
+        waiting = [request for other in self._schedulers.values() for request in other.withdraw()]
+        waiting += self._homeless.values()
         self._homeless.clear()
-        self._place(homeless)
+        self._place(waiting)
 
     @_event
     def on_result(self, group: WorkerGroup, result: StepResult) -> None:
@@ -227,33 +231,49 @@ class Engine:
         requests = self._schedulers.pop(group.name).evacuate(died=died)
         log.warning("worker lost", worker=group.name, reason=reason, requests=len(requests))
         now = self._clock()
-        poison = [request for request in requests if request.strikes >= MAX_STRIKES]
-        for request in poison:
-            request.fail(
-                Reason.POISON_REQUEST,
-                f"{MAX_STRIKES} workers died while computing this request and no other suspect",
-            )
-        if poison:
-            self._deliver([self._output(request) for request in poison])
-        orphans = [request for request in requests if request.finish is None]
-        for request in orphans:
+        for request in requests:
             request.waiting_since = now
-        self._place(orphans)
+            if request.strikes >= MAX_STRIKES:
+                request.fail(
+                    Reason.POISON_REQUEST,
+                    f"{MAX_STRIKES} workers died while computing this request and no other suspect",
+                )
+            elif request.total_deaths >= MAX_DEATHS:
+                request.fail(
+                    Reason.WORKER_LOST,
+                    f"{MAX_DEATHS} workers died while computing this request",
+                    retry_after=RETRY_AFTER,
+                )
+        failed = [self._output(request) for request in requests if request.finish]
+        self._place([request for request in requests if not request.finish])
+        if failed:
+            self._deliver(failed)
 
     def _place(self, requests: Sequence[Request]) -> None:
-        """Give requests to worker groups, in order; what fits none waits for one."""
+        """Give requests to worker groups, in order; what fits none waits for one.
+
+        Those that have started already come before those that wait.
+        """
+        started = [request for request in requests if request.num_admissions]
+        fresh = [request for request in requests if not request.num_admissions]
         placed: dict[str, None] = {}
-        for request in requests:
+        homeless: dict[str, None] = {}
+        for request in (*reversed(started), *fresh):
             name = place(request, self._schedulers)
             if name is None:
-                self._homeless[request.request_id] = request
+                homeless[request.request_id] = None
                 continue
+            scheduler = self._schedulers[name]
             request.worker = name
-            self._schedulers[name].add(request)
+            request.max_length = min(request.max_length, scheduler.context_limit)
+            scheduler.add(request, first=request.num_admissions > 0)
             placed[name] = None
-        started = [output for name in placed for output in self._pump(name)]
-        if started:
-            self._deliver(started)
+        self._homeless |= {
+            request.request_id: request for request in requests if request.request_id in homeless
+        }
+        outputs = [output for name in placed for output in self._pump(name)]
+        if outputs:
+            self._deliver(outputs)
 
     def _pump(self, name: str) -> list[RequestOutput]:
         """Keep the pipeline of a group full; returns what to tell the requests that started."""
@@ -263,7 +283,8 @@ class Engine:
             command = scheduler.schedule()
             if command is None:
                 break
-            group.send(command, self._clock())
+            samples = [row.samples for row in scheduler.in_flight[-1].rows]
+            group.send(command, samples, self._clock())
             started += self._started(scheduler, command)
         return started
 

@@ -70,7 +70,7 @@ def object_to_ready(ready: Ready, ranks: Iterable[WorkerPeer]) -> str | None:
     numbers = {
         "num_blocks": ready.num_blocks - 1,  # block 0 is the null block
         "block_size": ready.block_size,
-        "max_rows": ready.max_rows,
+        "max_rows": ready.max_rows - 1,  # row 0 is the null row
         "max_step_tokens": ready.max_step_tokens,
         "max_model_len": ready.max_model_len,
         "vocab_size": ready.vocab_size,

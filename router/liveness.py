@@ -13,11 +13,15 @@ from mili.internal.v1.step_pb2 import (
     WORKER_PHASE_LOADING,
     WORKER_PHASE_WARMING,
     Heartbeat,
+    StepCommand,
     WorkerPhase,
 )
 
-# Seconds that a step is expected to take while nothing like it was measured.
-FIRST_STEP_SECONDS = 0.25
+# Seconds that a step may well take while nothing like it was measured: nobody knows the model and
+# the machine yet.
+FIRST_STEP_SECONDS = 2.0
+# Positions of context that cost as much to attend to as a token costs otherwise.
+CONTEXT_PER_TOKEN = 1024
 # What a slow step still counts after one more of its size.
 DECAY = 0.99
 # A step may take this many times what was predicted.
@@ -27,23 +31,29 @@ PATIENCE = 5.0
 DECLARED_PHASES = frozenset({WORKER_PHASE_LOADING, WORKER_PHASE_WARMING, WORKER_PHASE_COMPILING})
 
 
+def step_work(command: StepCommand) -> int:
+    """How much a step computes, in tokens without a context."""
+    batch = zip(command.starts, command.num_tokens, strict=True)
+    return sum(count + count * start // CONTEXT_PER_TOKEN for start, count in batch)
+
+
 class StepTimes:
     """How long the steps of one worker group take: a decaying maximum for each size of step.
 
-    Sizes are powers of two of the tokens computed, because a chunk of a prompt and a single
-    decode differ by more than any margin would allow for.
+    Sizes are powers of two of the step's work, because a chunk of a prompt and a single decode
+    differ by more than any margin would allow for.
     """
 
     def __init__(self) -> None:
         self._slowest: dict[int, float] = {}
 
-    def measured(self, num_tokens: int, seconds: float) -> None:
-        size = num_tokens.bit_length()
+    def measured(self, work: int, seconds: float) -> None:
+        size = work.bit_length()
         self._slowest[size] = max(seconds, self._slowest.get(size, 0.0) * DECAY)
 
-    def predict(self, num_tokens: int) -> float:
-        """Return the seconds that a step of `num_tokens` may well take."""
-        size = num_tokens.bit_length()
+    def predict(self, work: int) -> float:
+        """Return the seconds that a step may well take."""
+        size = work.bit_length()
         if size in self._slowest:
             return self._slowest[size]
         smaller = max((known for known in self._slowest if known < size), default=None)
@@ -72,7 +82,9 @@ class Liveness:
         self.phase = beat.phase
         if self.phase in DECLARED_PHASES:
             self._moved_at = now
-        if beat.finished_step > self._finished_step:
+        # A beat may still carry the counters of the epoch before: steps not asked for yet.
+        asked = self._awaited[-1][0] if self._awaited else 0
+        if self._finished_step < beat.finished_step <= asked:
             self.finished(beat.finished_step, now)
 
     def expect(self, step: int, predicted: float, now: float) -> None:

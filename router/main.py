@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import structlog
 
@@ -73,7 +72,7 @@ class Router:
         self._workers = Workers(
             self._engine, interface_sha256=interface, worker_timeout=config.worker_timeout
         )
-        self._link = WorkerLink(config, self._workers)
+        self._link = WorkerLink(config, self._workers, self._break)
         with _phase("prepare API", phases):
             self._api = ApiServer(
                 self._engine,
@@ -88,7 +87,6 @@ class Router:
 
     async def start(self) -> None:
         """Open both sides. Raises OSError for an address that cannot be had."""
-        asyncio.get_running_loop().set_exception_handler(self._on_exception)
         self._link.start()
         try:
             await self._api.start()
@@ -120,16 +118,7 @@ class Router:
             self._api.set_ready(self._engine.is_serving and not self._stop.is_set())
             await asyncio.sleep(TICK_SECONDS)
 
-    def _on_exception(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """An exception in a callback is one in the link; in a task it is one call's own."""
-        error = context.get("exception")
-        # gRPC's own poller may find nothing to read, and says so by raising.
-        if "handle" in context and error and not isinstance(error, BlockingIOError):
-            self._break(error)
-        else:
-            loop.default_exception_handler(context)
-
-    def _break(self, error: BaseException) -> None:
+    def _break(self, error: Exception) -> None:
         """Something of ours is in a state that nobody thought of: do not go on with it."""
         if self._exit_code == CLEAN:
             log.critical("the router is broken and exits", exc_info=error)

@@ -15,13 +15,20 @@ TOKENS_PER_RUNNING = 16
 
 
 def place(request: Request, schedulers: Mapping[str, Scheduler]) -> str | None:
-    """The group with the least to compute before the request's first token; None if none fits."""
-    costs = {
-        name: _cost(request, scheduler)
-        for name, scheduler in schedulers.items()
-        if request.max_length <= scheduler.context_limit
-    }
-    return min(costs, key=costs.__getitem__, default=None)
+    """The group with the least to compute before the request's first token; None if none fits.
+
+    Where no group has room for all that the request may generate, one that has room for some: a
+    worker may come back with a smaller pool than the one that the request was admitted for.
+    """
+    for length in (request.max_length, len(request.token_ids) + 1):
+        costs = {
+            name: _cost(request, scheduler)
+            for name, scheduler in schedulers.items()
+            if length <= scheduler.context_limit
+        }
+        if costs:
+            return min(costs, key=costs.__getitem__)
+    return None
 
 
 def _cost(request: Request, scheduler: Scheduler) -> int:

@@ -168,10 +168,15 @@ class RadixTree:
         start = at * self._stride
         if key.startswith(node.key, start):
             return len(node.blocks)
-        common, length = 0, self._stride
-        while key.startswith(node.key[:length], start):
-            common, length = common + 1, length + self._stride
-        return common
+        low, high = 0, len(node.blocks)  # low blocks are common, high are not
+        while high - low > 1:
+            middle = (low + high) // 2
+            end = middle * self._stride
+            if key.startswith(node.key[low * self._stride : end], start + low * self._stride):
+                low = middle
+            else:
+                high = middle
+        return low
 
     def _split(self, node: Node, at: int) -> Node:
         """Cut `node` before its block `at`; return the new upper half.

@@ -126,6 +126,7 @@ class Request:
     __slots__ = (
         "admission",
         "admitted_at",
+        "deaths",
         "finish",
         "first_token_at",
         "max_length",
@@ -144,9 +145,9 @@ class Request:
         "row",
         "strikes",
         "submitted_at",
-        "suspect",
         "text",
         "token_ids",
+        "total_deaths",
         "waiting_since",
         "worker",
     )
@@ -181,9 +182,10 @@ class Request:
         self.num_admissions = 0
         self.num_preemptions = 0
         self.num_recoveries = 0
-        # In an executing step when a worker died, and without a new token since. A strike is such
-        # a death where it was the only suspect.
-        self.suspect = False
+        # Workers that died while a step of theirs computed this request: ever, and since its last
+        # new token. A strike is such a death in which it was the only suspect.
+        self.total_deaths = 0
+        self.deaths = 0
         self.strikes = 0
         self.finish: Finish | None = None
         self.submitted_at = self.waiting_since = now
@@ -205,6 +207,11 @@ class Request:
         """Tokens that a step could compute now: none once the last token is sampled."""
         num_tokens = self.num_tokens
         return num_tokens - self.num_computed if num_tokens < self.max_length else 0
+
+    @property
+    def is_suspect(self) -> bool:
+        """One death can happen beside anyone; a second one without a token between is a sign."""
+        return self.deaths >= 2
 
     @property
     def usage(self) -> Usage:
@@ -234,7 +241,7 @@ class Request:
         """The next token is known: append it, and set `finish` if it ends the request."""
         params = self.params
         self.token_ids.append(token_id)
-        self.suspect, self.strikes = False, 0
+        self.deaths = self.strikes = 0
         num_output = self.num_output_tokens
         may_stop = num_output > params.min_tokens
         if may_stop and token_id in params.eos_token_ids:

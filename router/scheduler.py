@@ -70,25 +70,39 @@ class Scheduler:
         self.in_flight: deque[StepInFlight] = deque()
         self._by_row: list[Request | None] = [None] * limits.max_rows
         self._free_rows = list(range(limits.max_rows - 1, 0, -1))
+        # Known tokens of all requests that wait.
+        self._num_waiting_tokens = 0
         self._steps = 0
         self._admissions = 0
 
     @property
     def num_uncomputed(self) -> int:
         """Known tokens, of all requests, that no step has been asked to compute."""
-        requests = (*self.running.values(), *self.waiting.values())
-        return sum(len(request.token_ids) - request.num_computed for request in requests)
+        running = (len(each.token_ids) - each.num_computed for each in self.running.values())
+        return self._num_waiting_tokens + sum(running)
 
-    def add(self, request: Request) -> None:
-        """Queue a request, behind those that wait already."""
+    def add(self, request: Request, *, first: bool = False) -> None:
+        """Queue a request behind those that wait already, or before them."""
         assert request.finish is None and request.request_id not in self.running
         assert request.max_length <= self.context_limit
         self.waiting[request.request_id] = request
+        self._num_waiting_tokens += len(request.token_ids)
+        if first:
+            self.waiting.move_to_end(request.request_id, last=False)
+
+    def withdraw(self) -> list[Request]:
+        """Give up the requests that have not started, in order: none of them is in flight."""
+        requests = [request for request in self.waiting.values() if not request.num_admissions]
+        for request in requests:
+            self._stop_waiting(request)
+        return requests
 
     def abort(self, request: Request) -> None:
         """Forget a request that has ended; its row and blocks are free at once."""
         assert request.finish is not None
-        if self.waiting.pop(request.request_id, None) is None:
+        if request.request_id in self.waiting:
+            self._stop_waiting(request)
+        else:
             self._leave(request)
 
     def schedule(self) -> StepCommand | None:
@@ -137,10 +151,10 @@ class Scheduler:
     def evacuate(self, *, died: bool) -> list[Request]:
         """The worker group is gone: give up everything; returns what must go elsewhere, in order.
 
-        If it died, those in an executing step become suspects, and the only one gets a strike.
+        died: it broke down, perhaps because of a request in an executing step.
         """
         if died:
-            self._suspect()
+            self._count_death()
         requests = [*self.running.values(), *self.waiting.values()]
         for request in requests:
             request.num_recoveries += request.row > 0
@@ -163,6 +177,8 @@ class Scheduler:
         for request in (*self.running.values(), *self.waiting.values()):
             assert request.finish is None and request.num_pending >= 0
         assert not any(request.row or request.admission for request in self.waiting.values())
+        waiting = sum(len(request.token_ids) for request in self.waiting.values())
+        assert waiting == self._num_waiting_tokens
 
     def _make_room(self, request: Request, count: int, command: StepCommand) -> bool:
         """Grow the request's blocks, preempting the youngest; False when it was itself that."""
@@ -177,15 +193,13 @@ class Scheduler:
 
     def _admit(self, command: StepCommand) -> Request | None:
         """Move the first waiting request to a row, if there is room for all its known tokens."""
-        request = next(iter(self.waiting.values()), None)
+        request = self._next_waiting()
         if request is None or len(self.running) >= self.max_running or request.num_pending:
-            return None
-        if request.suspect and any(other.suspect for other in self.running.values()):
             return None
         blocks = self.kv.admit(request, headroom=len(self.running))
         if blocks is None:
             return None
-        del self.waiting[request.request_id]
+        self._stop_waiting(request)
         self.running[request.request_id] = request
         self._admissions += 1
         request.admission = self._admissions
@@ -230,6 +244,7 @@ class Scheduler:
         elif token is not None:
             assert row.samples
             request.accept(token)
+            self._num_waiting_tokens += request.request_id in self.waiting
         if request.admission == row.admission and not faulty:
             self.kv.publish(request, row.num_computed)
             request.peak_computed = max(request.peak_computed, row.num_computed)
@@ -241,8 +256,7 @@ class Scheduler:
         self._leave(request)
         request.row = request.admission = request.num_computed = 0
         request.num_preemptions += 1
-        self.waiting[request.request_id] = request
-        self.waiting.move_to_end(request.request_id, last=False)
+        self.add(request, first=True)
 
     def _leave(self, request: Request) -> None:
         del self.running[request.request_id]
@@ -250,16 +264,26 @@ class Scheduler:
         self._by_row[request.row] = None
         self._free_rows.append(request.row)
 
-    def _suspect(self) -> None:
+    def _next_waiting(self) -> Request | None:
+        """The first that may run: suspects are tried apart from each other, and hold up nobody."""
+        apart = any(request.is_suspect for request in self.running.values())
+        candidates = (each for each in self.waiting.values() if not (apart and each.is_suspect))
+        return next(candidates, None)
+
+    def _stop_waiting(self, request: Request) -> None:
+        del self.waiting[request.request_id]
+        self._num_waiting_tokens -= len(request.token_ids)
+
+    def _count_death(self) -> None:
         executing = {
             row.request.request_id: row.request
             for step in self.in_flight
             for row in step.rows
             if row.request.finish is None
         }
-        suspects = [request for request in executing.values() if request.suspect]
-        candidates = suspects or list(executing.values())
-        if len(candidates) == 1:
-            candidates[0].strikes += 1
         for request in executing.values():
-            request.suspect = True
+            request.deaths += 1
+            request.total_deaths += 1
+        suspects = [request for request in executing.values() if request.is_suspect]
+        if len(suspects) == 1:
+            suspects[0].strikes += 1

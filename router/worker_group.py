@@ -7,6 +7,7 @@ go: that is router/workers.py.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from mili.internal.v1.step_pb2 import (
     StepCommand,
     StepResult,
 )
-from mili.router.liveness import StepTimes
+from mili.router.liveness import StepTimes, step_work
 from mili.router.worker_peer import Send, WorkerPeer
 
 # Far above any --pipeline-depth: what a worker may be sent without having answered.
@@ -47,8 +48,8 @@ class WorkerLimits(NamedTuple):
 
 class _InFlight(NamedTuple):
     step: int
-    num_rows: int
-    num_tokens: int
+    samples: Sequence[bool]  # [rows]
+    work: int
 
 
 class WorkerGroup:
@@ -91,13 +92,16 @@ class WorkerGroup:
             return WorkerState.WARMING
         return WorkerState.LOADING
 
-    def send(self, command: StepCommand, now: float) -> None:
-        """Send a command to every rank. What the socket does not take now waits, in order."""
+    def send(self, command: StepCommand, samples: Sequence[bool], now: float) -> None:
+        """Send a command to every rank. What the socket does not take now waits, in order.
+
+        samples: [rows], whether the row must give a token.
+        """
         assert self._limits is not None, f"group {self.name} does not serve"
         assert len(self._in_flight) < MAX_IN_FLIGHT, "more commands in flight than agreed"
-        num_tokens = sum(command.num_tokens)
-        predicted = self.step_times.predict(num_tokens)
-        self._in_flight.append(_InFlight(command.step, len(command.rows), num_tokens))
+        work = step_work(command)
+        predicted = self.step_times.predict(work)
+        self._in_flight.append(_InFlight(command.step, samples, work))
         frame = RouterFrame(step=command)
         for peer in self.ranks.values():
             peer.liveness.expect(command.step, predicted, now)
@@ -111,14 +115,16 @@ class WorkerGroup:
         sent = self._in_flight[0]
         if result.step != sent.step:
             return f"answered step {result.step} instead of {sent.step}"
-        if len(result.num_new) != sent.num_rows or sum(result.num_new) != len(result.token_ids):
-            return f"answered step {result.step} with columns of the wrong length"
+        faulty = {fault.index for fault in result.faults}
+        due = [samples and row not in faulty for row, samples in enumerate(sent.samples)]
+        if list(result.num_new) != due or sum(due) != len(result.token_ids):
+            return f"answered step {result.step} with tokens that are not due"
         if max(result.token_ids, default=0) >= self.limits.vocab_size:
             return f"sampled a token outside the vocabulary in step {result.step}"
-        if any(fault.index >= sent.num_rows for fault in result.faults):
+        if max(faulty, default=0) >= len(due):
             return f"reported a fault outside the batch in step {result.step}"
         self._in_flight.popleft()
-        self.step_times.measured(sent.num_tokens, result.device_microseconds / 1e6)
+        self.step_times.measured(sent.work, result.device_microseconds / 1e6)
         return None
 
     def open(self) -> bool:
@@ -145,7 +151,7 @@ class WorkerGroup:
         """
         problem = peer.liveness.hung(timeout, now)
         if problem and self._in_flight:
-            self.step_times.measured(self._in_flight[0].num_tokens, peer.liveness.standstill(now))
+            self.step_times.measured(self._in_flight[0].work, peer.liveness.standstill(now))
         return problem
 
 

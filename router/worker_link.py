@@ -13,6 +13,8 @@ import os
 import socket
 import stat
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import structlog
@@ -36,9 +38,15 @@ CONNECTION_TIMEOUT = 5000
 class WorkerLink:
     """Where workers connect. Call start, send and close on the loop's thread."""
 
-    def __init__(self, config: RouterConfig, workers: Workers) -> None:
-        """Raises ValueError if the settings would open the link to strangers."""
+    def __init__(
+        self, config: RouterConfig, workers: Workers, on_fault: Callable[[Exception], None]
+    ) -> None:
+        """on_fault: a frame or a tick raised, so that nobody knows what state we are in.
+
+        Raises ValueError if the settings would open the link to strangers.
+        """
         self.endpoint = config.worker_link
+        self._on_fault = on_fault
         self._workers = workers
         self._keys = read_router_keys(config.worker_keys) if config.worker_keys else None
         check_exposure(config)
@@ -97,14 +105,23 @@ class WorkerLink:
             except zmq.Again:
                 return
             if len(parts) == 2:
-                self._workers.receive(parts[0], parts[1], time.monotonic())
+                with self._faults_reported():
+                    self._workers.receive(parts[0], parts[1], time.monotonic())
         if self._again is None:
             self._again = self._loop.call_soon(self._drain)
 
     def _tick(self) -> None:
         self._timer = self._loop.call_later(TICK_SECONDS, self._tick)
         self._drain()
-        self._workers.tick(time.monotonic())
+        with self._faults_reported():
+            self._workers.tick(time.monotonic())
+
+    @contextmanager
+    def _faults_reported(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._on_fault(error)
 
     def _readable(self) -> bool:
         return bool(int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN)

@@ -25,6 +25,16 @@ def extend_hash(prefix: int, token: int) -> int:
     return ((prefix ^ (token + 1)) * 0x9E3779B97F4A7C15 + 0x7F4A7C15) & MASK
 
 
+def seed_of(seed: int, namespace: bytes) -> int:
+    """A sampling seed that also carries the namespace: no namespace's KV equals another's."""
+    return seed | int.from_bytes(namespace) << 32
+
+
+def first_hash(seed: int) -> int:
+    """The hash of no tokens at all."""
+    return seed >> 32
+
+
 @dataclass(frozen=True)
 class FakeModel:
     """Samples from a hash: {0, 1}, sometimes EOS, rarely a fault (None)."""
@@ -40,7 +50,7 @@ class FakeModel:
 
     def alone(self, prompt: Sequence[int], seed: int, count: int) -> list[int | None]:
         """What the model alone generates: `count` tokens; None is a fault and the last."""
-        prefix = 0
+        prefix = first_hash(seed)
         for token in prompt:
             prefix = extend_hash(prefix, token)
         output: list[int | None] = []
@@ -115,7 +125,8 @@ class FakeWorker:
         end = start + count
         assert end <= len(row.token_ids), "computing a token that is not known"
         for token in row.token_ids[len(row.hashes) : end]:
-            row.hashes.append(extend_hash(row.hashes[-1] if row.hashes else 0, token))
+            before = row.hashes[-1] if row.hashes else first_hash(row.seed)
+            row.hashes.append(extend_hash(before, token))
         for position in range(start):
             found = self.kv[self._slot(row, position)]
             assert found == row.hashes[position] or row.faulty, "foreign KV was read"

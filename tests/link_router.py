@@ -26,7 +26,8 @@ class Router:
 
     def __init__(self, config: RouterConfig, interface: bytes = INTERFACE) -> None:
         self.workers = Workers(self, interface_sha256=interface)
-        self.link = WorkerLink(config, self.workers)
+        self.faults: list[Exception] = []
+        self.link = WorkerLink(config, self.workers, self.faults.append)
         self.events: asyncio.Queue[tuple[str, WorkerGroup, object]] = asyncio.Queue()
 
     def on_ready(self, group: WorkerGroup) -> None:
@@ -44,7 +45,7 @@ class Router:
         return group, value
 
     async def step(self, group: WorkerGroup, number: int, num_rows: int = 1) -> None:
-        group.send(make_command(number, num_rows), time.monotonic())
+        group.send(make_command(number, num_rows), [True] * num_rows, time.monotonic())
         _, result = await self.expect("result")
         assert isinstance(result, pb.StepResult)
         assert list(result.token_ids) == list(range(num_rows))

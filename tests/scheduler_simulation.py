@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from mili.internal.v1.step_pb2 import Sampling, StepResult
 from mili.router.errors import Reason
 from mili.router.request import FinishReason, GenerationParams
-from tests.fake_worker import EOS, FakeModel, FakeWorker
+from tests.fake_worker import EOS, FakeModel, FakeWorker, seed_of
 
 LETTERS = "ab$"
 
@@ -122,15 +122,16 @@ class Simulation:
         prompt = self.random.choice(self.prefixes) + [
             self.random.randrange(2) for _ in range(self.random.randint(1, 8))
         ]
+        namespace = self.random.choice((b"", b"", b"b"))
         params = GenerationParams(
             prompt_token_ids=prompt[: self.context_limit - 1],
-            sampling=Sampling(seed=self.random.randrange(3)),
+            sampling=Sampling(seed=seed_of(self.random.randrange(3), namespace)),
             max_tokens=self.random.randint(1, 45),
             min_tokens=self.random.choice((0, 0, 0, 9)),
             eos_token_ids=frozenset({EOS} if self.random.random() < 0.7 else ()),
             stop_token_ids=frozenset({1} if self.random.random() < 0.05 else ()),
             stop_sequences=stops if self.random.random() < 0.3 else (),
-            cache_namespace=self.random.choice((b"", b"", b"tenant")),
+            cache_namespace=namespace,
         )
         text = FakeText(params.stop_sequences)
         request = self.core.Request(
@@ -198,4 +199,5 @@ class Simulation:
         self.totals["recoveries"] += request.num_recoveries
         self.totals["cache hits"] += usage.cached_prompt_tokens > 0
         self.totals["recomputed"] += usage.recomputed_tokens
+        self.totals["poisoned"] += request.strikes >= 2
         assert usage.cached_prompt_tokens < usage.prompt_tokens

@@ -9,12 +9,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
+import grpc
 import psutil
+from grpc_health.v1 import health_pb2
+from grpc_health.v1.health_pb2_grpc import HealthStub
 
 MILI = [sys.executable, "-P", "-m", "mili.cli.main"]
+# Settings for tests that compare tokens. Of two threads each would wait for what else is running.
+STEADY = {"MILI_DTYPE": "float32", "MILI_NUM_THREADS": "1"}
 
 
 class Served:
@@ -63,6 +69,43 @@ def serving(model: Path | str, log: Path, *flags: str, **environment: str) -> It
         if process.poll() is None:
             process.kill()
         process.wait()
+
+
+class Apart(NamedTuple):
+    """A running `mili router` and `mili worker`. `log` is the stderr of both."""
+
+    address: str
+    log: Path
+
+
+@contextmanager
+def serving_apart(model: Path, link: str, log: Path) -> Iterator[Apart]:
+    """Serve a model with two processes that only `link` ties; in the end both must exit 0."""
+    address = f"127.0.0.1:{free_port()}"
+    ports = ["--port", address.partition(":")[2], "--admin-port", str(free_port())]
+    environment = {**os.environ, **STEADY}
+    commands = [
+        ["worker", str(model), "--router", link],
+        ["router", str(model), "--worker-link", link, *ports],
+    ]
+    with ExitStack() as stack:
+        stderr = stack.enter_context(log.open("w"))
+        processes = []
+        for command in commands:
+            process = subprocess.Popen([*MILI, *command], stderr=stderr, env=environment)
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            processes.append(process)
+        with grpc.insecure_channel(address, (("grpc.initial_reconnect_backoff_ms", 100),)) as api:
+            request = health_pb2.HealthCheckRequest(service="readiness")
+            watch = HealthStub(api).Watch(request, wait_for_ready=True, timeout=60)
+            while next(watch).status != health_pb2.HealthCheckResponse.SERVING:
+                pass
+            watch.cancel()
+        yield Apart(address, log)
+        for process in reversed(processes):
+            process.terminate()
+            assert process.wait(30) == 0, log.read_text()
 
 
 def free_port() -> int:

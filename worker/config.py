@@ -26,7 +26,7 @@ class WorkerConfig(BaseModel):
     )
     device: Literal["cpu"] = Field(default="cpu", description="Where the model runs.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="auto: bfloat16 where the CPU has AMX, else float32."
+        default="auto", description="auto: bfloat16 where the CPU multiplies it, else float32."
     )
     max_model_len: int | None = Field(
         default=None, ge=2, description="Context limit in tokens. Default: the model's."

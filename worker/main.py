@@ -33,6 +33,7 @@ from mili.internal.v1.step_pb2 import (
 )
 from mili.worker.config import WorkerConfig
 from mili.worker.connection import Connection
+from mili.worker.dtype import choose_dtype
 from mili.worker.health import HealthServer
 from mili.worker.progress import Progress
 from mili.worker.session import PROTOCOL, Command, Dismissed, Opened
@@ -106,6 +107,7 @@ def run(config: WorkerConfig) -> int:
 
 
 def make_hello(config: WorkerConfig, folder: ModelFolder) -> Hello:
+    dtype = choose_dtype(config.dtype)
     return Hello(
         protocol_min=PROTOCOL,
         protocol_max=PROTOCOL,
@@ -114,18 +116,24 @@ def make_hello(config: WorkerConfig, folder: ModelFolder) -> Hello:
         world_size=1,
         interface_sha256=interface_sha256(folder),
         weights_sha256=weights_sha256(folder),
-        dtype=config.dtype,
-        kv_dtype=config.dtype,
+        dtype=dtype,
+        kv_dtype=dtype,
     )
 
 
 def stop_on_signals(connection: Connection, progress: Progress) -> None:
-    """SIGTERM and SIGINT: finish the steps that wait, or leave at once while loading."""
+    """SIGTERM and SIGINT: finish the steps that wait; while loading, leave at once.
+
+    Python drops an exception that is raised inside a finalizer: the message is sent in any case.
+    """
+    interrupted = False
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        if progress.phase in (WORKER_PHASE_LOADING, WORKER_PHASE_WARMING):
-            raise Stopped
+        nonlocal interrupted
         connection.stop(DRAIN)
+        if progress.phase in (WORKER_PHASE_LOADING, WORKER_PHASE_WARMING) and not interrupted:
+            interrupted = True
+            raise Stopped
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)

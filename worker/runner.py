@@ -23,6 +23,7 @@ from mili.internal.v1.step_pb2 import (
 )
 from mili.worker.batch import Batch, make_batch
 from mili.worker.config import WorkerConfig
+from mili.worker.dtype import choose_dtype
 from mili.worker.kv_cache import KVCache, count_blocks
 from mili.worker.models.config import read_decoder_config
 from mili.worker.models.decoder import Decoder
@@ -33,13 +34,6 @@ from mili.worker.weights import Checkpoint
 log = structlog.get_logger()
 
 _DEFAULT_STEP_TOKENS = 128
-
-
-def choose_dtype(config: WorkerConfig) -> torch.dtype:
-    """bfloat16 is the faster one only where the CPU multiplies it in tiles."""
-    if config.dtype == "auto":
-        return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
-    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
 
 
 class ModelRunner:
@@ -54,7 +48,7 @@ class ModelRunner:
                 f"--max-model-len {limit} is more than the model's own limit of "
                 f"{decoder_config.max_position_embeddings} tokens"
             )
-        self.dtype = choose_dtype(config)
+        self.dtype: torch.dtype = getattr(torch, choose_dtype(config.dtype))
         num_blocks = count_blocks(config, decoder_config, self.dtype.itemsize, limit)
         self._table = SequenceTable(
             max_rows=config.max_num_seqs + 1,

@@ -55,7 +55,7 @@ async def test_a_failed_step_ends_the_worker_with_a_reason(ipc: RouterConfig, sp
         group, _ = await here.expect("ready")
         for step in range(1, 13):
             await here.step(group, step)
-        group.send(make_command(13), time.monotonic())
+        group.send(make_command(13), [True], time.monotonic())
         _, reason = await here.expect("lost")
         assert reason == "worker w failed: KeyError in step 13"
         assert await ended(process) == 1
@@ -95,7 +95,7 @@ async def test_a_stopped_worker_is_noticed_and_comes_back(ipc: RouterConfig, spa
         await here.step(group, 1)
         process.send_signal(signal.SIGSTOP)
         stopped_at = time.monotonic()
-        group.send(make_command(2), stopped_at)
+        group.send(make_command(2), [True], stopped_at)
         await here.expect("lost")
         assert time.monotonic() - stopped_at < 1.5
         process.send_signal(signal.SIGCONT)

@@ -103,8 +103,8 @@ async def test_a_hung_step_is_noticed_and_its_late_result_is_void(ipc: RouterCon
             await here.step(group, 1)
             greeting.clear()
             hung_at = time.monotonic()
-            group.send(make_command(2), hung_at)
-            group.send(make_command(3), hung_at)
+            group.send(make_command(2), [True], hung_at)
+            group.send(make_command(3), [True], hung_at)
             _, reason = await here.expect("lost")
             assert "did not finish step 2" in str(reason)
             assert 1.0 < time.monotonic() - hung_at < 1.5
@@ -152,7 +152,7 @@ async def test_sigterm_finishes_the_steps_that_wait(ipc: RouterConfig, spawn: Sp
         process = spawn(ipc.worker_link)
         group, _ = await here.expect("ready")
         for step in (1, 2, 3):
-            group.send(make_command(step), time.monotonic())
+            group.send(make_command(step), [True], time.monotonic())
         await here.expect("result")
         process.send_signal(signal.SIGTERM)
         await here.expect("result")

@@ -30,7 +30,7 @@ class Deaf:
 
 def make_link(address: str, **settings: object) -> WorkerLink:
     config = RouterConfig.model_validate({"model": "m", "worker_link": address, **settings})
-    return WorkerLink(config, Workers(Deaf(), interface_sha256=b"i" * 32))
+    return WorkerLink(config, Workers(Deaf(), interface_sha256=b"i" * 32), pytest.fail)
 
 
 @pytest.mark.parametrize(

@@ -134,3 +134,23 @@ def test_random_histories_against_a_dictionary(seed: int) -> None:
         assert tree.num_blocks == len(cached)
     assert evicted > 200
     assert shared > 200
+
+
+def test_the_order_of_eviction_stays_small() -> None:
+    """I6: a span that is used again and again is not noted again and again."""
+    tree = RadixTree(1)
+    node, _ = tree.lock(b"", b"")
+    tree.unlock(tree.extend(node, key([1, 2, 3]), [1, 2, 3]).node)
+    for _ in range(2000):
+        tree.unlock(tree.lock(b"", key([1, 2, 3]))[0])
+    assert len(tree._eviction._heap) < 100
+    assert sorted(tree.evict(3)) == [1, 2, 3]
+
+
+def test_a_long_edge_is_compared_in_few_steps() -> None:
+    tree = RadixTree(1)
+    tokens = list(range(20_000))
+    node, _ = tree.lock(b"", b"")
+    tree.unlock(tree.extend(node, key(tokens), list(range(1, 20_001))).node)
+    for common in (0, 1, 2, 9_999, 19_998, 19_999, 20_000):
+        assert tree.match(b"", key([*tokens[:common], 99_999])) == common

@@ -59,6 +59,7 @@ def test_every_request_equals_the_model_alone(part: int) -> None:
     assert totals["requests"] >= 5_000
     for happening in ("preemptions", "recoveries", "cache hits", "recomputed", "chunks", "crashes"):
         assert totals[happening] >= 50, (happening, totals)
+    assert totals["poisoned"] * 50 < totals["requests"], totals
     for reason in ("EOS", "STOP_TOKEN", "STOP_SEQUENCE", "MAX_TOKENS", "CONTEXT_LENGTH", "ERROR"):
         assert totals[reason] >= 20, (reason, totals)
 
@@ -122,6 +123,11 @@ PLANTED = {
         "len(request.token_ids) // self",
     ),
     "a block too few": ("kv_cache", "-(-num_tokens // self", "(num_tokens // self"),
+    "tenants share a cache": (
+        "kv_cache",
+        "node, cached = self._tree.lock(request.namespace,",
+        'node, cached = self._tree.lock(b"",',
+    ),
     "duplicates leak": ("kv_cache", "self.duplicates + self.blocks", "self.blocks"),
     "published blocks are freed": ("kv_cache", "self.blocks[self.num_published :]", "self.blocks"),
     "a refused admission keeps its lock": (

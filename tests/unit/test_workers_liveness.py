@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mili.internal.v1 import step_pb2 as pb
-from mili.router.liveness import FIRST_STEP_SECONDS, Liveness, StepTimes
+from mili.router.liveness import FIRST_STEP_SECONDS, Liveness, StepTimes, step_work
 
 TIMEOUT = 1.0
 
@@ -111,8 +111,28 @@ def test_prediction_is_a_decaying_maximum_of_steps_of_that_size() -> None:
 
 def test_an_unknown_size_is_extrapolated_upwards_only() -> None:
     times = StepTimes()
-    times.measured(16, 0.2)
-    assert times.predict(128) == pytest.approx(1.6)
+    times.measured(16, 0.5)
+    assert times.predict(128) == pytest.approx(4.0)
     assert times.predict(1) == FIRST_STEP_SECONDS
-    times.measured(16, 0.4)
-    assert times.predict(1) == 0.4
+    times.measured(16, 3.0)
+    assert times.predict(1) == 3.0
+
+
+def test_a_chunk_far_into_a_long_context_is_not_like_the_first_one() -> None:
+    first = pb.StepCommand(rows=[1], starts=[0], num_tokens=[128])
+    late = pb.StepCommand(rows=[1], starts=[30_000], num_tokens=[128])
+    times = StepTimes()
+    times.measured(step_work(late), 3.0)
+    for _ in range(2000):
+        times.measured(step_work(first), 0.1)
+    assert times.predict(step_work(first)) == 0.1
+    assert times.predict(step_work(late)) == 3.0
+
+
+def test_a_beat_of_the_epoch_before_moves_nothing() -> None:
+    liveness = Liveness(0.0)
+    liveness.expect(1, 0.1, 0.0)
+    liveness.heartbeat(beat(5000), 0.5)
+    assert liveness.standstill(0.9) == pytest.approx(0.9)
+    liveness.heartbeat(beat(1), 1.0)
+    assert liveness.standstill(1.5) == 0.0

@@ -89,7 +89,7 @@ class Router:
                 command = pb.StepCommand(
                     step=self._steps, rows=[self.lives], starts=[self._steps], num_tokens=[1]
                 )
-                group.send(command, self.now)
+                group.send(command, [True], self.now)
 
 
 class Worker:
