@@ -8,13 +8,13 @@ values, so that API front ends could be processes of their own and a test can dr
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import update_wrapper
 from typing import Concatenate, ParamSpec, TypeVar
 
 import structlog
 
-from mili.internal.v1.step_pb2 import StepCommand, StepResult
+from mili.internal.v1.step_pb2 import StepResult
 from mili.router.errors import Reason, RequestError
 from mili.router.placement import place
 from mili.router.request import (
@@ -27,7 +27,7 @@ from mili.router.request import (
     Started,
     TextOutput,
 )
-from mili.router.scheduler import Limits, Scheduler
+from mili.router.scheduler import Scheduler
 from mili.router.worker_group import WorkerGroup
 
 # What a client should wait before it asks again when no worker serves: about a worker's restart.
@@ -193,15 +193,7 @@ class Engine:
         """A worker group serves from now on, with an empty cache."""
         limits = group.limits
         self._groups[group.name] = group
-        scheduler = self._schedulers[group.name] = Scheduler(
-            Limits(
-                num_blocks=limits.num_blocks,
-                block_size=limits.block_size,
-                max_rows=limits.max_rows,
-                max_step_tokens=limits.max_step_tokens,
-                max_model_len=limits.max_model_len,
-            )
-        )
+        scheduler = self._schedulers[group.name] = Scheduler(limits)
         log.info(
             "worker serves",
             worker=group.name,
@@ -283,15 +275,16 @@ class Engine:
             command = scheduler.schedule()
             if command is None:
                 break
-            samples = [row.samples for row in scheduler.in_flight[-1].rows]
-            group.send(command, samples, self._clock())
-            started += self._started(scheduler, command)
+            rows = scheduler.in_flight[-1].rows
+            group.send(command, [row.samples for row in rows], self._clock())
+            if command.admissions:
+                started += self._started(row.request for row in rows)
         return started
 
-    def _started(self, scheduler: Scheduler, command: StepCommand) -> list[RequestOutput]:
+    def _started(self, requests: Iterable[Request]) -> list[RequestOutput]:
+        """What to tell those that were admitted for the first time."""
         outputs: list[RequestOutput] = []
-        for admission in command.admissions:
-            request = scheduler.request_of_row(admission.row)
+        for request in requests:
             if request.admitted_at is None:
                 request.admitted_at = self._clock()
                 usage = request.usage

@@ -27,17 +27,8 @@ from typing import NamedTuple
 from mili.internal.v1.step_pb2 import TASK_GENERATE, Admission, StepCommand, StepResult
 from mili.router.errors import Reason
 from mili.router.kv_cache import KVCacheManager
+from mili.router.limits import Limits
 from mili.router.request import Request
-
-
-class Limits(NamedTuple):
-    """What a worker group can do."""
-
-    num_blocks: int
-    block_size: int
-    max_rows: int
-    max_step_tokens: int
-    max_model_len: int
 
 
 class Scheduled(NamedTuple):
@@ -60,15 +51,14 @@ class Scheduler:
 
     def __init__(self, limits: Limits) -> None:
         self.kv = KVCacheManager(limits.num_blocks, limits.block_size)
-        # Tokens of a request that fits the pool alone.
-        self.context_limit = min(limits.max_model_len, (limits.num_blocks - 1) * limits.block_size)
+        self.context_limit = limits.context_limit
         self.max_step_tokens = limits.max_step_tokens
         # One token a row must always fit the budget: nobody who runs ever starves.
         self.max_running = min(limits.max_rows - 1, limits.max_step_tokens)
         self.waiting: OrderedDict[str, Request] = OrderedDict()
         self.running: OrderedDict[str, Request] = OrderedDict()
         self.in_flight: deque[StepInFlight] = deque()
-        self._by_row: list[Request | None] = [None] * limits.max_rows
+        self._num_rows = limits.max_rows
         self._free_rows = list(range(limits.max_rows - 1, 0, -1))
         # Known tokens of all requests that wait.
         self._num_waiting_tokens = 0
@@ -161,18 +151,11 @@ class Scheduler:
             request.row = request.admission = request.num_computed = request.num_pending = 0
         return requests
 
-    def request_of_row(self, row: int) -> Request:
-        """The running request of a row of the command that was just made."""
-        request = self._by_row[row]
-        assert request is not None
-        return request
-
     def check(self) -> None:
         """Assert what holds between two calls; linear, for tests."""
         self.kv.check()
         rows = [request.row for request in self.running.values()]
-        assert 0 not in rows and len(set(rows)) == len(rows)
-        assert len(rows) + len(self._free_rows) == len(self._by_row) - 1
+        assert sorted(rows + self._free_rows) == list(range(1, self._num_rows))
         assert len(self.running) <= self.max_running
         for request in (*self.running.values(), *self.waiting.values()):
             assert request.finish is None and request.num_pending >= 0
@@ -204,7 +187,6 @@ class Scheduler:
         self._admissions += 1
         request.admission = self._admissions
         request.row = self._free_rows.pop()
-        self._by_row[request.row] = request
         request.num_recomputed += max(0, request.peak_computed - request.num_computed)
         if request.num_admissions == 0:
             request.num_cached_prompt_tokens = request.num_computed
@@ -261,7 +243,6 @@ class Scheduler:
     def _leave(self, request: Request) -> None:
         del self.running[request.request_id]
         self.kv.release(request)
-        self._by_row[request.row] = None
         self._free_rows.append(request.row)
 
     def _next_waiting(self) -> Request | None:

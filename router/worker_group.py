@@ -18,6 +18,7 @@ from mili.internal.v1.step_pb2 import (
     StepCommand,
     StepResult,
 )
+from mili.router.limits import Limits
 from mili.router.liveness import StepTimes, step_work
 from mili.router.worker_peer import Send, WorkerPeer
 
@@ -32,18 +33,6 @@ class WorkerState(IntEnum):
     WARMING = 2
     SERVING = 3
     LOST = 6
-
-
-class WorkerLimits(NamedTuple):
-    """What a group can do: the least of what its ranks said in Ready."""
-
-    num_blocks: int
-    block_size: int
-    max_rows: int
-    max_step_tokens: int
-    max_model_len: int
-    vocab_size: int
-    capabilities: frozenset[str]
 
 
 class _InFlight(NamedTuple):
@@ -61,7 +50,7 @@ class WorkerGroup:
         self.ranks: dict[int, WorkerPeer] = {}
         self.step_times = StepTimes()
         self._send = send
-        self._limits: WorkerLimits | None = None
+        self._limits: Limits | None = None
         self._in_flight: deque[_InFlight] = deque()
 
     @property
@@ -74,7 +63,7 @@ class WorkerGroup:
         return min(alive) if len(alive) == self.world_size else WorkerState.LOADING
 
     @property
-    def limits(self) -> WorkerLimits:
+    def limits(self) -> Limits:
         assert self._limits is not None, f"group {self.name} does not serve"
         return self._limits
 
@@ -155,8 +144,8 @@ class WorkerGroup:
         return problem
 
 
-def _least(ready: list[Ready]) -> WorkerLimits:
-    return WorkerLimits(
+def _least(ready: list[Ready]) -> Limits:
+    return Limits(
         num_blocks=min(rank.num_blocks for rank in ready),
         block_size=ready[0].block_size,
         max_rows=min(rank.max_rows for rank in ready),

@@ -29,10 +29,10 @@ from mili.internal.v1.step_pb2 import (
 )
 from mili.router import handshake
 from mili.router.roster import Roster, WorkerInfo
-from mili.router.worker_group import WorkerGroup, WorkerLimits, WorkerState
+from mili.router.worker_group import WorkerGroup, WorkerState
 from mili.router.worker_peer import Send, WorkerPeer
 
-__all__ = ["WorkerEvents", "WorkerGroup", "WorkerInfo", "WorkerLimits", "WorkerState", "Workers"]
+__all__ = ["WorkerEvents", "WorkerGroup", "WorkerInfo", "WorkerState", "Workers"]
 
 log = structlog.get_logger()
 

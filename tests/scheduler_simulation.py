@@ -76,6 +76,7 @@ class Simulation:
             max_rows=self.random.randint(2, 10),
             max_step_tokens=self.random.randint(2, 24),
             max_model_len=40,
+            vocab_size=3,
         )
         self.depth = self.random.randint(1, 4)
         self.context_limit = min(40, (self.num_blocks - 1) * self.block_size)

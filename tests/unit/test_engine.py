@@ -11,8 +11,8 @@ import pytest
 from mili.internal.v1.step_pb2 import Sampling, StepCommand, StepResult
 from mili.router.engine import MAX_DEATHS, Engine
 from mili.router.errors import Reason, RequestError
+from mili.router.limits import Limits
 from mili.router.request import Finished, FinishReason, GenerationParams, RequestOutput
-from mili.router.worker_group import WorkerLimits
 from tests.fake_worker import EOS, FakeModel, FakeWorker, seed_of
 from tests.scheduler_simulation import expected
 
@@ -24,7 +24,7 @@ class FakeGroup:
 
     def __init__(self, name: str, num_blocks: int = 24, block_size: int = 2) -> None:
         self.name = name
-        self.limits = WorkerLimits(
+        self.limits = Limits(
             num_blocks=num_blocks,
             block_size=block_size,
             max_rows=6,

@@ -12,7 +12,7 @@ import pytest
 from tests.scheduler_simulation import Simulation
 
 ROUTER = Path(__file__).parents[2] / "router"
-CORE = ("block_pool", "eviction", "radix_tree", "request", "kv_cache", "scheduler")
+CORE = ("limits", "block_pool", "eviction", "radix_tree", "request", "kv_cache", "scheduler")
 
 
 def load_core(changes: dict[str, tuple[str, str]] | None = None) -> SimpleNamespace:
@@ -31,7 +31,7 @@ def load_core(changes: dict[str, tuple[str, str]] | None = None) -> SimpleNamesp
             loaded = ModuleType(name)
             sys.modules[name] = loaded
             exec(compile(source, str(path), "exec"), loaded.__dict__)
-        scheduler, request = sys.modules[names[5]], sys.modules[names[3]]
+        limits, request, scheduler = (sys.modules[names[index]] for index in (0, 4, 6))
     finally:
         for name, original in originals.items():
             if original is not None:
@@ -40,7 +40,7 @@ def load_core(changes: dict[str, tuple[str, str]] | None = None) -> SimpleNamesp
                 sys.modules.pop(name, None)
     return SimpleNamespace(
         Scheduler=scheduler.Scheduler,
-        Limits=scheduler.Limits,
+        Limits=limits.Limits,
         Request=request.Request,
         Finish=request.Finish,
         FinishReason=request.FinishReason,

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from mili.internal.v1 import step_pb2 as pb
-from mili.router.workers import MAX_FRAME_BYTES, WorkerLimits, WorkerState
+from mili.router.limits import Limits
+from mili.router.workers import MAX_FRAME_BYTES, WorkerState
 from mili.v1 import admin_pb2
 from tests.scripted_worker import READY, Link, ScriptedWorker, make_command, make_hello, make_result
 
@@ -49,7 +50,7 @@ def test_handshake(link: Link) -> None:
     worker.send(ready=READY)
     assert link.events.take() == [("ready", "w")]
     assert state(link) == WorkerState.SERVING
-    assert link.workers.groups[0].limits == WorkerLimits(100, 16, 8, 64, 512, 99, frozenset())
+    assert link.workers.groups[0].limits == Limits(100, 16, 8, 64, 512, 99, frozenset())
 
 
 def test_every_epoch_is_another(link: Link) -> None:
