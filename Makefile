@@ -20,7 +20,7 @@ demo: .venv/.mili
 	@$(BIN)/python examples/demo.py "$(PROMPT)"
 
 test: .venv/.dev lint types
-	$(BIN)/pytest -n 2 -m "not slow and not gpu"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu"
 
 nightly: .venv/.dev
 	$(BIN)/pytest -m "not gpu"

@@ -1,0 +1,117 @@
+"""Processes that die or stand still under streams: every stream goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mili.client import AsyncClient, Unavailable
+from tests.model_folders import make_model_folder
+from tests.serving import STEADY, Served, serving
+from tests.streams import (
+    Told,
+    ends,
+    make_jobs,
+    read_all,
+    states,
+    told,
+    until_quiet,
+    until_states,
+)
+
+JOBS = make_jobs(16, max_tokens=300)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model_folder(tmp_path_factory.mktemp("failover") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def served(model: Path) -> Iterator[Served]:
+    with serving(model, model.parent / "log", **STEADY) as served:
+        yield served
+
+
+@pytest.fixture(scope="module")
+def undisturbed(served: Served) -> list[Told]:
+    """What the jobs give when nothing happens."""
+
+    async def run() -> list[Told]:
+        async with AsyncClient(served.address) as client:
+            return list(map(told, await ends(await read_all(client, JOBS, 0))))
+
+    return asyncio.run(run())
+
+
+@contextmanager
+def stopped(process: psutil.Process) -> Iterator[None]:
+    process.suspend()
+    try:
+        yield
+    finally:
+        process.resume()
+
+
+async def test_a_killed_worker_is_restarted_and_every_stream_goes_on(
+    served: Served, undisturbed: list[Told]
+) -> None:
+    async with AsyncClient(served.address) as client:
+        readings = await read_all(client, JOBS, 20)
+        (worker,) = served.children("worker")
+        worker.kill()
+        generations = await ends(readings)
+
+    assert list(map(told, generations)) == undisturbed
+    moved = [generation for generation in generations if generation.timing.recoveries]
+    assert len(moved) > 8, "too late: few were disturbed"
+    assert all(generation.usage.recomputed_tokens > 0 for generation in moved)
+    assert [child.pid for child in served.children("worker")] != [worker.pid]
+    await until_quiet(served.admin)
+
+
+async def test_a_killed_router_is_restarted_where_it_was(
+    served: Served, undisturbed: list[Told]
+) -> None:
+    (worker,) = served.children("worker")
+    (router,) = served.children("router")
+    async with AsyncClient(served.address) as client:
+        readings = await read_all(client, JOBS, 20)
+        router.kill()
+        results = await asyncio.gather(
+            *(reading.end() for reading in readings), return_exceptions=True
+        )
+        assert [type(result) for result in results] == [Unavailable] * len(JOBS)
+
+        await until_states(served.admin, worker_0="SERVING")
+        assert served.children("worker") == [worker], "the worker was restarted as well"
+        assert list(map(told, await ends(await read_all(client, JOBS, 0)))) == undisturbed
+    await until_quiet(served.admin)
+
+
+async def test_streams_of_a_worker_that_stands_still_move_to_another(
+    model: Path, undisturbed: list[Told], tmp_path: Path
+) -> None:
+    with serving(model, tmp_path / "log", "--workers", "2", **STEADY) as served:
+        await until_states(served.admin, worker_0="SERVING", worker_1="SERVING")
+        async with AsyncClient(served.address) as client:
+            readings = await read_all(client, JOBS, 20)
+            worker = served.children("worker")[0]
+            name = worker.environ()["MILI_NAME"]
+            with stopped(worker):
+                generations = await ends(readings)
+                assert (await states(served.admin))[name] == "LOST"
+            assert list(map(told, generations)) == undisturbed
+            moved = [generation for generation in generations if generation.timing.recoveries]
+            assert moved, "too late: nobody was disturbed"
+            assert name not in {generation.timing.worker for generation in generations}
+
+            await until_states(served.admin, worker_0="SERVING", worker_1="SERVING")
+            others = await ends(await read_all(client, make_jobs(32, max_tokens=100)[16:], 0))
+            assert name in {generation.timing.worker for generation in others}
+        await until_quiet(served.admin)
