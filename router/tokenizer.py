@@ -33,7 +33,8 @@ class Tokenizer:
     """The tokenizer of one model; threads may share it.
 
     vocab_size is the model's: every id below it is valid, and one that has no token decodes to
-    nothing. Raises ValueError for a tokenizer.json that cannot be read or streamed from.
+    nothing. longest_token_bytes: no token of the vocabulary is longer in UTF-8. Raises ValueError
+    for a tokenizer.json that cannot be read or streamed from.
     """
 
     def __init__(self, folder: ModelFolder) -> None:
@@ -47,6 +48,10 @@ class Tokenizer:
         self._backend.no_padding()
         self.vocab_size: int = folder.vocab_size
         self.tokenizer_sha256: str = hashlib.sha256(data).hexdigest()
+        # A byte-level token is written in characters of one or two bytes for each byte of its own.
+        self.longest_token_bytes: int = max(
+            (len(token.encode()) for token in self._backend.get_vocab()), default=1
+        )
         added = self._backend.get_added_tokens_decoder()
         special_ids = frozenset(token_id for token_id in added if added[token_id].special)
         decoder = json.loads(data).get("decoder")

@@ -38,20 +38,21 @@ def read_defaults(folder: ModelFolder) -> Defaults:
     As in vLLM do_sample is ignored: a folder that names a temperature is sampled with it.
     """
     named = folder.generation
-    top_k = max(0, int(named.top_k or 0))  # -1 is another way to say off
-    sampling = pb.SamplingParams(
-        temperature=1.0 if named.temperature is None else named.temperature,
-        top_p=1.0 if named.top_p is None else named.top_p,
-        top_k=top_k,
-        min_p=0.0 if named.min_p is None else named.min_p,
-        repetition_penalty=1.0 if named.repetition_penalty is None else named.repetition_penalty,
-    )
+    path = folder.path / "generation_config.json"
+    sampling = pb.SamplingParams(temperature=1, top_p=1, top_k=0, min_p=0, repetition_penalty=1)
+    for key in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
+        value = getattr(named, key)
+        if value is None:
+            continue
+        try:
+            # A top_k of -1 is another way to say off.
+            setattr(sampling, key, max(0, int(value)) if key == "top_k" else value)
+        except (OverflowError, ValueError):
+            raise ValueError(f"{path}: {key}: {value!r} is out of range") from None
     try:
         _check_sampling(sampling)
     except RequestError as error:
-        raise ValueError(
-            f"{folder.path / 'generation_config.json'}: {error.field.split('.')[-1]}: {error}"
-        ) from None
+        raise ValueError(f"{path}: {error.field.split('.')[-1]}: {error}") from None
     return Defaults(sampling, frozenset(named.eos_token_ids), folder.vocab_size)
 
 

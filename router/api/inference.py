@@ -94,7 +94,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         check_generation(generation, self._engine.context_limit, self._defaults)
         stream = self._streams.open(_request_id(request.request_id), whole=whole)
         try:
-            prompt = await self._threads.run(self._prompts.read, generation)
+            limit = self._engine.context_limit
+            prompt = await self._threads.run(self._prompts.read, generation, limit)
             # Asked for again: a worker with less room may have come in the meantime.
             params = to_params(generation, prompt, self._engine.context_limit, self._defaults)
             self._streams.submit(stream, params)

@@ -7,40 +7,61 @@ sampling, streams or the engine.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
 from mili.router.api.chat import template_messages, template_variables
 from mili.router.chat_template import ChatTemplate
 from mili.router.errors import Reason, RequestError
+from mili.router.stop import StopMatcher
 from mili.router.tokenizer import Tokenizer
 from mili.v1 import inference_pb2 as pb
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-_THREADS = 4
+# Memory and time grow with the text, so one that cannot fit is refused before it is read. A
+# normalizer may shrink text: NFC to less than half. A whole context of tokens longer than 64
+# bytes, runs of spaces, is no prompt.
+_NORMALIZER_SLACK = 4
+_MAX_BYTES_PER_TOKEN = 64
+_MIN_TEXT_BYTES = 64 * 1024
+_MIN_TRUNCATED_BYTES = 1024 * 1024
 
 
 class TextThreads:
     """A few threads for text work, and a bound on the work that waits for them."""
 
     def __init__(self, max_pending: int) -> None:
-        self._executor = ThreadPoolExecutor(_THREADS, thread_name_prefix="text")
-        self._max_pending = max_pending
-        self._pending = 0
+        # One core is left to the event loop.
+        threads = max(1, (os.cpu_count() or 1) - 1)
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="text")
+        self._free = threading.Semaphore(max_pending)
 
     async def run(self, work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        """Return work(*args, **kwargs), computed in a thread."""
-        if self._pending >= self._max_pending:
+        """Return work(*args, **kwargs), computed in a thread.
+
+        Work whose caller is gone counts until a thread has done it, or dropped it unbegun: till
+        then it holds its memory.
+        """
+        if not self._free.acquire(blocking=False):
             raise RequestError(Reason.QUEUE_FULL, "too many prompts wait for the tokenizer")
-        self._pending += 1
+        wanted = True
+
+        def counted() -> _T:
+            if not wanted:
+                raise CancelledError
+            return work(*args, **kwargs)
+
+        future = self._executor.submit(counted)
+        future.add_done_callback(lambda _: self._free.release())
         try:
-            future = self._executor.submit(work, *args, **kwargs)
-            return await asyncio.wrap_future(future)
+            return await asyncio.shield(asyncio.wrap_future(future))
         finally:
-            self._pending -= 1
+            wanted = False
 
     def close(self) -> None:
         """Forget the work that waits."""
@@ -54,32 +75,64 @@ class PromptReader:
         self._tokenizer = tokenizer
         self._template = template
 
-    def read(self, generation: pb.Generation) -> list[int]:
-        """Return the prompt's token ids, truncated where the caller asks for it."""
-        ids = self._ids(generation)
+    def read(self, generation: pb.Generation, context_limit: int) -> list[int]:
+        """Return the prompt's token ids, truncated where the caller asks for it.
+
+        Prepares the stop sequences too, which the output then finds ready.
+        """
+        try:
+            StopMatcher(tuple(generation.stopping.stop_sequences))
+        except ValueError as error:
+            field = "generation.stopping.stop_sequences"
+            raise RequestError(Reason.INVALID_FIELD, str(error), field=field) from None
+        max_bytes = self._max_bytes(context_limit)
+        if generation.HasField("truncate_prompt_tokens"):
+            max_bytes = max(max_bytes, _MIN_TRUNCATED_BYTES)
+        ids = self._ids(generation, max_bytes)
         kept = len(ids)
         if generation.HasField("truncate_prompt_tokens"):
             kept = min(kept, generation.truncate_prompt_tokens)
         return list(ids[len(ids) - kept :])
 
-    def render(self, chat: pb.ChatPrompt, path: str) -> tuple[str, list[int]]:
+    def render(self, chat: pb.ChatPrompt, path: str, max_bytes: int) -> tuple[str, list[int]]:
         """Return a chat as the model's template writes it, and the text's token ids."""
         messages = template_messages(chat, path)
+        check_bytes((text for message in messages for text in message.values()), path, max_bytes)
         variables = template_variables(chat, path)
         try:
             text = self._template.render(messages, variables=variables)
+            check_bytes([text], path, max_bytes)
+            return text, self._tokenizer.encode(text, add_special_tokens=False)
         except ValueError as error:
             raise RequestError(Reason.INVALID_FIELD, str(error), field=path) from None
-        return text, self._tokenizer.encode(text, add_special_tokens=False)
 
-    def _ids(self, generation: pb.Generation) -> Sequence[int]:
+    def _max_bytes(self, context_limit: int) -> int:
+        per_token = _NORMALIZER_SLACK * self._tokenizer.longest_token_bytes
+        return max(_MIN_TEXT_BYTES, context_limit * min(per_token, _MAX_BYTES_PER_TOKEN))
+
+    def _ids(self, generation: pb.Generation, max_bytes: int) -> Sequence[int]:
         match generation.WhichOneof("prompt"):
             case "token_ids":
                 return generation.token_ids.ids
             case "chat":
-                return self.render(generation.chat, "generation.chat")[1]
+                return self.render(generation.chat, "generation.chat", max_bytes)[1]
             case _:
                 special = True
                 if generation.HasField("add_special_tokens"):
                     special = generation.add_special_tokens
-                return self._tokenizer.encode(generation.text, add_special_tokens=special)
+                text = generation.text
+                check_bytes([text], "generation.text", max_bytes)
+                return self._tokenizer.encode(text, add_special_tokens=special)
+
+
+def check_bytes(
+    texts: Iterable[str],
+    field: str,
+    max_bytes: int,
+    reason: Reason = Reason.CONTEXT_TOO_LONG,
+) -> None:
+    """Raise RequestError for texts that have more bytes together, as UTF-8."""
+    count = sum(len(text.encode(errors="surrogatepass")) for text in texts)
+    if count > max_bytes:
+        message = f"the text has {count} bytes, and at most {max_bytes} are taken"
+        raise RequestError(reason, message, field=field)

@@ -9,7 +9,7 @@ from google.protobuf.message import Message
 
 from mili.router.api.generation import check_token_ids
 from mili.router.api.model import ServedModel
-from mili.router.api.prompt import PromptReader, TextThreads
+from mili.router.api.prompt import PromptReader, TextThreads, check_bytes
 from mili.router.api.status import Context
 from mili.router.api.supported import check_supported
 from mili.router.errors import Reason, RequestError
@@ -18,8 +18,13 @@ from mili.v1 import model_pb2 as pb
 from mili.v1 import model_pb2_grpc
 
 _MAX_TEXTS = 8192
+# At worst every byte is a token: an id takes 3 bytes of the answer, and each of two offsets too.
+_MAX_TOKENIZED_BYTES = 4 * 1024 * 1024
+_MAX_TOKENIZED_BYTES_WITH_OFFSETS = 1024 * 1024
+_MAX_RENDERED_BYTES = 3 * 1024 * 1024
 # Decoding holds the interpreter's lock.
 _MAX_DETOKENIZED_IDS = 256 * 1024
+_MAX_DETOKENIZED_BYTES = 8 * 1024 * 1024
 
 
 class TokenizerService(model_pb2_grpc.TokenizerServiceServicer):
@@ -63,7 +68,9 @@ class TokenizerService(model_pb2_grpc.TokenizerServiceServicer):
         self, request: pb.RenderChatRequest, context: Context
     ) -> pb.RenderChatResponse:
         self._check(request, request.model)
-        text, ids = await self._threads.run(self._prompts.render, request.chat, "chat")
+        text, ids = await self._threads.run(
+            self._prompts.render, request.chat, "chat", _MAX_RENDERED_BYTES
+        )
         return pb.RenderChatResponse(text=text, token_ids=ids)
 
     def _check(self, request: Message, model: str) -> None:
@@ -71,6 +78,10 @@ class TokenizerService(model_pb2_grpc.TokenizerServiceServicer):
         self._model.check_name(model, "model")
 
     def _tokenize(self, request: pb.TokenizeRequest) -> pb.TokenizeResponse:
+        limit = _MAX_TOKENIZED_BYTES
+        if request.return_offsets:
+            limit = _MAX_TOKENIZED_BYTES_WITH_OFFSETS
+        check_bytes(request.texts, "texts", limit, Reason.INVALID_FIELD)
         special = True
         if request.HasField("add_special_tokens"):
             special = request.add_special_tokens
@@ -88,4 +99,5 @@ class TokenizerService(model_pb2_grpc.TokenizerServiceServicer):
         for index, item in enumerate(request.token_ids):
             check_token_ids(item.ids, self._tokenizer.vocab_size, f"token_ids[{index}].ids")
             texts.append(self._tokenizer.decode(list(item.ids), skip_special_tokens=skip))
+        check_bytes(texts, "token_ids", _MAX_DETOKENIZED_BYTES, Reason.INVALID_FIELD)
         return pb.DetokenizeResponse(texts=texts)

@@ -79,6 +79,11 @@ BAD = {
         "CONTEXT_TOO_LONG",
         "generation.text",
     ),
+    "text that cannot fit": (
+        pb.Generation(text="x" * 8_000_000),
+        "CONTEXT_TOO_LONG",
+        "generation.text",
+    ),
     "prompt of ten pools": (ids(CONTEXT_LIMIT * 10), "CONTEXT_TOO_LONG", "generation.token_ids"),
     "id out of range": (ids(3, VOCAB_SIZE), "INVALID_FIELD", "generation.token_ids"),
     "nan": (sampled(temperature=NAN), "INVALID_FIELD", "generation.sampling.temperature"),

@@ -24,6 +24,7 @@ from grpc_status import rpc_status
 
 from mili.router.api.admin import WorkerStatus
 from mili.router.api.server import ApiServer
+from mili.router.tokenizer import Tokenizer
 from mili.router.worker_group import WorkerState
 from mili.v1 import (
     admin_pb2,
@@ -147,6 +148,8 @@ async def test_tokenize_and_back(public: aio.Channel) -> None:
         model_pb2.DetokenizeRequest(token_ids=[inference_pb2.TokenIds(ids=[1] * 300_000)]),
         model_pb2.DetokenizeRequest(token_ids=[inference_pb2.TokenIds()] * 9000),
         model_pb2.TokenizeRequest(texts=["x"] * 9000),
+        model_pb2.TokenizeRequest(texts=["x" * 2**22, "x"]),
+        model_pb2.TokenizeRequest(texts=["x" * 2**20, "x"], return_offsets=True),
     ],
 )
 async def test_tokenizer_limits(public: aio.Channel, request_message: Any) -> None:  # noqa: ANN401
@@ -154,6 +157,16 @@ async def test_tokenizer_limits(public: aio.Channel, request_message: Any) -> No
     is_text = isinstance(request_message, model_pb2.TokenizeRequest)
     call = (stub.Tokenize if is_text else stub.Detokenize)(request_message)
     assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert await reason_of(call) == "INVALID_FIELD"
+
+
+async def test_detokenized_text_is_bounded(
+    public: aio.Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Tokenizer, "decode", lambda *_, **__: "x" * 5 * 2**20)
+    stub = model_pb2_grpc.TokenizerServiceStub(public)
+    lists = [inference_pb2.TokenIds(ids=[1])] * 2
+    call = stub.Detokenize(model_pb2.DetokenizeRequest(token_ids=lists))
     assert await reason_of(call) == "INVALID_FIELD"
 
 

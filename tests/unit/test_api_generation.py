@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -144,6 +145,18 @@ def test_the_models_defaults(tmp_path: Path) -> None:
 def test_a_models_bad_default_is_named(tmp_path: Path) -> None:
     folder = make_folder(tmp_path / "m", top_p=7)
     with pytest.raises(ValueError, match=r"generation_config\.json.*top_p"):
+        read_defaults(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("top_k", INFINITY), ("top_k", 2**40), ("temperature", 10**400)]
+)
+def test_a_models_default_that_no_field_holds_is_named(
+    tmp_path: Path, key: str, value: float
+) -> None:
+    folder = make_folder(tmp_path / "m")
+    folder = replace(folder, generation=replace(folder.generation, **{key: value}))
+    with pytest.raises(ValueError, match=rf"generation_config\.json: {key}: "):
         read_defaults(folder)
 
 

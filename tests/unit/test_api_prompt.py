@@ -1,14 +1,46 @@
-"""Text work stays off the event loop, and what waits for it is bounded."""
+"""Text work stays off the event loop, and it is bounded: how much waits, and how long a text is."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from mili.router.api.prompt import TextThreads
+from mili.hub.folder import read_model_folder
+from mili.router import stop
+from mili.router.api.prompt import PromptReader, TextThreads
+from mili.router.chat_template import ChatTemplate
 from mili.router.errors import Reason, RequestError
+from mili.router.stop import MAX_STOP_SEQUENCES, StopMatcher
+from mili.router.tokenizer import Tokenizer
+from mili.v1 import inference_pb2 as pb
+from tests.fake_engine import CONTEXT_LIMIT, make_folder
+
+# Of a context of 64 tokens and of one of 1 Mi tokens, for tokens of 2 bytes; and when truncated.
+SMALLEST, OF_MANY, TRUNCATED = 64 * 1024, 4 * 2 * 2**20, 1024 * 1024
+
+
+def reader(tmp_path: Path, longest: int = 2) -> tuple[PromptReader, list[int]]:
+    """Return a reader, and the lengths of the texts that its tokenizer gets."""
+    lengths: list[int] = []
+
+    def encode(text: str, **_: Any) -> list[int]:  # noqa: ANN401
+        lengths.append(len(text.encode()))
+        return [1]
+
+    tokenizer = SimpleNamespace(longest_token_bytes=longest, encode=encode)
+    template = ChatTemplate(make_folder(tmp_path / "m"))
+    return PromptReader(cast(Tokenizer, tokenizer), template), lengths
+
+
+def chat(content: str, **fields: str) -> pb.Generation:
+    messages = [pb.ChatMessage(role="user", content=content)]
+    return pb.Generation(chat=pb.ChatPrompt(messages=messages, **fields))
 
 
 async def test_slow_text_work_does_not_stop_the_loop() -> None:
@@ -30,10 +62,39 @@ async def test_waiting_text_work_is_bounded() -> None:
     with pytest.raises(RequestError) as caught:
         await threads.run(go.wait)
     assert caught.value.reason is Reason.QUEUE_FULL
-    first[0].cancel()
     go.set()
-    assert await first[1]
+    assert await asyncio.gather(*first) == [True, True]
     assert await threads.run(go.wait)
+    threads.close()
+
+
+async def test_work_whose_caller_is_gone_counts_until_a_thread_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)  # one thread for text
+    threads = TextThreads(max_pending=2)
+    begun, go, second = threading.Event(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        begun.set()
+        go.wait(10)
+
+    calls = [asyncio.create_task(threads.run(work)) for work in (hold, second.set)]
+    assert await asyncio.to_thread(begun.wait, 10)
+    for call in calls:
+        call.cancel()
+    await asyncio.wait(calls)
+    with pytest.raises(RequestError, match="too many"):
+        await threads.run(int)
+    go.set()
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                assert await threads.run(int) == 0
+                break
+            except RequestError:
+                await asyncio.sleep(0)
+    assert not second.is_set()  # nobody waited for it when its turn came
     threads.close()
 
 
@@ -42,3 +103,72 @@ async def test_errors_of_text_work_come_back() -> None:
     with pytest.raises(ValueError, match="invalid literal"):
         await threads.run(int, "x")
     threads.close()
+
+
+@pytest.mark.parametrize(
+    ("limit", "longest", "most"),
+    [(CONTEXT_LIMIT, 2, SMALLEST), (2**20, 2, OF_MANY), (2**15, 256, 2**15 * 64)],
+)
+def test_a_text_that_cannot_fit_is_not_tokenized(
+    tmp_path: Path, limit: int, longest: int, most: int
+) -> None:
+    prompts, lengths = reader(tmp_path, longest)
+    prompts.read(pb.Generation(text="ä" * (most // 2)), limit)
+    with pytest.raises(RequestError, match=f"at most {most} are") as caught:
+        prompts.read(pb.Generation(text="ä" * (most // 2) + "x"), limit)
+    assert caught.value.reason is Reason.CONTEXT_TOO_LONG
+    assert caught.value.field == "generation.text"
+    assert lengths == [most]
+
+
+def test_a_text_to_be_truncated_may_be_longer(tmp_path: Path) -> None:
+    prompts, lengths = reader(tmp_path)
+    for limit, most in ((CONTEXT_LIMIT, TRUNCATED), (2**20, OF_MANY)):
+        prompts.read(pb.Generation(text="x" * most, truncate_prompt_tokens=1), limit)
+        with pytest.raises(RequestError, match=f"at most {most} are"):
+            prompts.read(pb.Generation(text="x" * (most + 1), truncate_prompt_tokens=1), limit)
+    assert lengths == [TRUNCATED, OF_MANY]
+
+
+def test_a_chat_that_cannot_fit_is_not_rendered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, lengths = reader(tmp_path)
+    monkeypatch.setattr(ChatTemplate, "render", lambda *_, **__: pytest.fail("rendered"))
+    with pytest.raises(RequestError) as caught:
+        prompts.read(chat("x" * SMALLEST), CONTEXT_LIMIT)
+    assert (caught.value.reason, caught.value.field) == (Reason.CONTEXT_TOO_LONG, "generation.chat")
+    assert not lengths
+
+
+def test_a_rendered_chat_that_cannot_fit_is_not_tokenized(tmp_path: Path) -> None:
+    prompts, lengths = reader(tmp_path)
+    with pytest.raises(RequestError) as caught:  # the template adds more than the role
+        prompts.read(chat("x" * (SMALLEST - 10)), CONTEXT_LIMIT)
+    assert (caught.value.reason, caught.value.field) == (Reason.CONTEXT_TOO_LONG, "generation.chat")
+    assert not lengths
+
+
+def test_a_variable_that_is_no_unicode_is_the_callers_fault(tmp_path: Path) -> None:
+    make_folder(tmp_path / "m")
+    (tmp_path / "m" / "chat_template.jinja").write_text("{{ date_string }}")
+    folder = read_model_folder(tmp_path / "m")
+    prompts = PromptReader(Tokenizer(folder), ChatTemplate(folder))
+    generation = chat("x", template_variables_json='{"date_string": "\\ud800"}')
+    with pytest.raises(RequestError, match="surrogate") as caught:
+        prompts.read(generation, CONTEXT_LIMIT)
+    assert (caught.value.reason, caught.value.field) == (Reason.INVALID_FIELD, "generation.chat")
+
+
+def test_stop_sequences_are_prepared_with_the_prompt(tmp_path: Path) -> None:
+    prompts, _ = reader(tmp_path)
+    texts = ["prepared", "with the prompt"]
+    stopping = pb.StopConditions(stop_sequences=texts)
+    prompts.read(pb.Generation(text="x", stopping=stopping), CONTEXT_LIMIT)
+    misses = stop._automaton.cache_info().misses
+    StopMatcher(tuple(texts))
+    assert stop._automaton.cache_info().misses == misses
+    stopping = pb.StopConditions(stop_sequences=["x"] * (MAX_STOP_SEQUENCES + 1))
+    with pytest.raises(RequestError, match="at most") as caught:
+        prompts.read(pb.Generation(text="x", stopping=stopping), CONTEXT_LIMIT)
+    assert caught.value.field == "generation.stopping.stop_sequences"

@@ -206,3 +206,13 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
 def test_sha256_is_of_the_file(bytewise: Tokenizer, tmp_path: Path) -> None:
     data = (tmp_path / "tokenizer.json").read_bytes()
     assert bytewise.tokenizer_sha256 == hashlib.sha256(data).hexdigest()
+
+
+def test_no_token_is_longer_than_the_longest(tokenizer: Tokenizer) -> None:
+    texts = [
+        tokenizer.decode([token_id], skip_special_tokens=False)
+        for token_id in range(tokenizer.vocab_size)
+    ]
+    # What is no UTF-8 of its own decodes to U+FFFD.
+    lengths = [len(text.replace("\ufffd", "").encode()) for text in texts]
+    assert max(lengths) <= tokenizer.longest_token_bytes < 100
