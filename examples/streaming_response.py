@@ -21,7 +21,9 @@ def main() -> None:
         start = time.perf_counter()
         first_piece = None
         stream = client.stream(
-            messages=[{"role": "user", "content": arguments.prompt}], max_tokens=128
+            messages=[{"role": "user", "content": arguments.prompt}],
+            max_tokens=128,
+            temperature=0,
         )
         for text in stream:
             if first_piece is None:

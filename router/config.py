@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class RouterConfig(BaseModel):
     """Settings of one router process."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str = Field(description="Folder, short name or hub id of the model to serve.")
     served_model_name: tuple[str, ...] = Field(
@@ -63,4 +63,13 @@ class RouterConfig(BaseModel):
             raise ValueError(
                 f"port and admin_port are both {self.port} on {self.host}: they must differ"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        for name in self.served_model_name:
+            if not name or "," in name:
+                raise ValueError(
+                    f"served_model_name {name!r}: a name is not empty and has no comma in it"
+                )
         return self

@@ -50,7 +50,10 @@ class Roster:
     def object_to(self, hello: Hello) -> str | None:
         """Return why a worker may not join, if so."""
         if (hello.worker, hello.instance) in self._fenced:
-            return f"a newer process has taken over the name {hello.worker}"
+            return (
+                f"a newer process has taken over the name {hello.worker}: give every worker a name "
+                "of its own (MILI_NAME)"
+            )
         if len(self.peers) >= MAX_WORKERS and hello.worker not in self.peers:
             return f"this router has {MAX_WORKERS} workers already"
         group = self.groups.get(hello.group or hello.worker)

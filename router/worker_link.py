@@ -79,6 +79,8 @@ class WorkerLink:
         if self._again:
             self._again.cancel()
         self._close_sockets()
+        if self.endpoint.startswith("ipc://"):
+            Path(self.endpoint.removeprefix("ipc://")).unlink(missing_ok=True)
 
     def send(self, routing_id: bytes, frame: bytes) -> bool:
         """Send a frame, or return False when the peer's queue is full or the peer is away."""
@@ -137,7 +139,9 @@ def check_exposure(config: RouterConfig) -> None:
     """Refuse to listen beyond this machine without keys, unless told so."""
     transport, _, address = config.worker_link.partition("://")
     if transport not in ("tcp", "ipc") or not address:
-        raise ValueError(f"worker_link must be tcp://address:port or ipc://path: {address!r}")
+        raise ValueError(
+            f"worker_link must be tcp://address:port or ipc://path: {config.worker_link!r}"
+        )
     if transport == "ipc" or config.worker_keys or config.insecure_worker_link:
         return
     host = address.rpartition(":")[0].strip("[]")

@@ -39,6 +39,9 @@ log = structlog.get_logger()
 MAX_FRAME_BYTES = 16 * 1024 * 1024
 # A tick that comes later than this shows that we stood still, and says nothing about workers.
 STALL_SECONDS = 0.5
+# Before it is ready a worker may be silent for so many times longer: importing and loading can hold
+# its interpreter, and no request waits for it.
+LOADING_PATIENCE = 10.0
 # Frames that no worker of ours can have sent are logged at most this often.
 COMPLAINT_SECONDS = 10.0
 
@@ -125,7 +128,8 @@ class Workers:
             if late > STALL_SECONDS:
                 peer.liveness.excuse(late, now)
             peer.flush(self._send)
-            problem = peer.liveness.silent(self._timeout, now)
+            patience = 1.0 if peer.ready else LOADING_PATIENCE
+            problem = peer.liveness.silent(self._timeout * patience, now)
             problem = problem or self._roster.group_of(peer).hung(peer, self._timeout, now)
             if problem:
                 self._end(peer, f"worker {peer.name} {problem}", now, gone=True, died=True)
@@ -151,7 +155,10 @@ class Workers:
         old = self._roster.peers.get(hello.worker)
         if old and old.instance != hello.instance:
             self._roster.fence(old)
-            reason = f"a newer process has taken over the name {old.name}"
+            reason = (
+                f"a newer process has taken over the name {old.name}: give every worker a name of "
+                "its own (MILI_NAME)"
+            )
             self._dismiss(old, reason, now, died=True)
         elif old and old.epoch:
             self._end(old, f"worker {old.name} says hello again", now, gone=True)

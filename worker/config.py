@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 class WorkerConfig(BaseModel):
     """Settings of one worker process."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     model: str = Field(description="Folder, short name or hub id of the model to serve.")
     router: str = Field(

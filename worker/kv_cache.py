@@ -90,7 +90,14 @@ def available_memory() -> int:
 
 def _untouched(items: int, dtype: torch.dtype) -> torch.Tensor:
     """Return [items] zeros that take no memory until they are touched."""
-    memory = mmap.mmap(-1, items * dtype.itemsize)
+    size = items * dtype.itemsize
+    try:
+        memory = mmap.mmap(-1, size)
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"the KV cache cannot have {size} bytes ({error}): lower --num-gpu-blocks-override or "
+            "--kv-cache-memory-bytes"
+        ) from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype)

@@ -6,6 +6,7 @@ how a step is computed (runner.py): any Runner will do.
 
 from __future__ import annotations
 
+import gc
 import secrets
 import signal
 import socket
@@ -104,6 +105,8 @@ def run(config: WorkerConfig) -> int:
         connection.close()
         if health:
             health.close()
+        # The process ends: taking the model apart piece by piece would only cost time.
+        gc.freeze()
 
 
 def make_hello(config: WorkerConfig, folder: ModelFolder) -> Hello:

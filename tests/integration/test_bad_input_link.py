@@ -8,8 +8,9 @@ from __future__ import annotations
 import socket
 import struct
 import subprocess
+import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -85,11 +86,16 @@ def read_until(connection: socket.socket, wanted: bytes) -> None:
 
 
 def is_hung_up_on(connection: socket.socket, data: bytes) -> None:
-    """Send bytes and wait for the other side to close, be it before it has them all."""
+    """Send bytes and wait for the other side to close, be it before it has them all.
+
+    It must not take as long as ZeroMQ's own heartbeat, which gives up a silent peer after 6 s.
+    """
+    end = time.monotonic() + 4
     with suppress(ConnectionError):
         connection.sendall(data)
         while connection.recv(4096):
-            pass
+            assert time.monotonic() < end, "the router keeps the connection"
+    assert time.monotonic() < end, "the router kept the connection"
 
 
 def test_bytes_that_are_not_zeromq(stranger: socket.socket) -> None:
@@ -146,15 +152,16 @@ def test_workers_of_other_models_are_refused(link: str, apart: Apart, tmp_path: 
         make_model_folder(tmp_path / "other", layers=1): "this router serves another model",
         make_model_folder(tmp_path / "tiny", seed=1): "its weights differ",
     }
-    workers = {
-        subprocess.Popen(
-            [*MILI, "worker", str(model), "--router", link], stderr=subprocess.PIPE, text=True
-        ): reason
-        for model, reason in reasons.items()
-    }
-    for worker, reason in workers.items():
-        _, log = worker.communicate(timeout=PATIENCE)
-        assert worker.returncode == 78
-        assert "the router refused this worker" in log
-        assert reason in log
-        assert "Traceback" not in log
+    with ExitStack() as stack:
+        workers = {}
+        for model, reason in reasons.items():
+            command = [*MILI, "worker", str(model), "--router", link]
+            worker = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+            stack.callback(worker.kill)
+            workers[worker] = reason
+        for worker, reason in workers.items():
+            _, log = worker.communicate(timeout=PATIENCE)
+            assert worker.returncode == 78
+            assert "the router refused this worker" in log
+            assert reason in log
+            assert "Traceback" not in log

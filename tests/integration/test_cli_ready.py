@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2
 from grpc_health.v1.health import HealthServicer
 from grpc_health.v1.health_pb2_grpc import add_HealthServicer_to_server
 
-from mili.cli.serve import _announce, _free_port
+from mili.cli.serve import _announce, free_port
 from mili.router.config import RouterConfig
 from mili.v1 import model_pb2, model_pb2_grpc
 
@@ -39,9 +39,9 @@ async def test_ready_is_said_once_the_router_says_it(
     host: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Not while nothing listens, nor while the router waits for a worker, nor over a restart."""
-    port = _free_port("127.0.0.1")
+    port = free_port("port", "127.0.0.1")
     router = RouterConfig(model="/m", host=host, port=port)
-    announcement = asyncio.create_task(_announce(router, 2))
+    announcement = asyncio.create_task(_announce(router, 2, lambda: True))
     await asyncio.sleep(0.1)
     health = HealthServicer()
     health.set("readiness", STATUS.NOT_SERVING)

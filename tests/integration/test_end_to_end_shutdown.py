@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import grpc
@@ -43,16 +45,24 @@ async def refusal(address: str) -> Unavailable:
                 return refused
 
 
-def family(served: Served) -> list[psutil.Process]:
-    """The router and the two workers."""
+@contextmanager
+def family(served: Served) -> Iterator[list[psutil.Process]]:
+    """The router and the two workers; here they are killed in the end, whatever is tested."""
     children = psutil.Process(served.process.pid).children(recursive=True)
-    assert len(children) == 3
-    return children
+    try:
+        assert len(children) == 3
+        yield children
+    finally:
+        for child in children:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
 
 
 async def test_sigterm_lets_running_streams_end(model: Path, tmp_path: Path) -> None:
-    with serving(model, tmp_path / "log", "--workers", "2", **STEADY) as served:
-        children = family(served)
+    with (
+        serving(model, tmp_path / "log", "--workers", "2", **STEADY) as served,
+        family(served) as children,
+    ):
         async with AsyncClient(served.address) as client:
             undisturbed = await ends(await read_all(client, JOBS, 0))
             readings = await read_all(client, JOBS, 20)
@@ -68,8 +78,10 @@ async def test_sigterm_lets_running_streams_end(model: Path, tmp_path: Path) -> 
 
 async def test_streams_that_outlast_the_drain_timeout_are_told(model: Path, tmp_path: Path) -> None:
     flags = ("--workers", "2", "--drain-timeout", "0.2")
-    with serving(model, tmp_path / "log", *flags, **STEADY) as served:
-        children = family(served)
+    with (
+        serving(model, tmp_path / "log", *flags, **STEADY) as served,
+        family(served) as children,
+    ):
         async with AsyncClient(served.address) as client:
             readings = await read_all(client, ENDLESS, 1)
             served.process.send_signal(signal.SIGTERM)
@@ -82,8 +94,10 @@ async def test_streams_that_outlast_the_drain_timeout_are_told(model: Path, tmp_
 
 
 async def test_no_process_is_left_when_serve_is_killed(model: Path, tmp_path: Path) -> None:
-    with serving(model, tmp_path / "log", "--workers", "2", **STEADY) as served:
-        children = family(served)
+    with (
+        serving(model, tmp_path / "log", "--workers", "2", **STEADY) as served,
+        family(served) as children,
+    ):
         async with AsyncClient(served.address) as client:
             readings = await read_all(client, ENDLESS, 1)
             served.process.kill()

@@ -309,7 +309,10 @@ def test_the_number_of_workers_is_bounded_and_lost_ones_are_forgotten(link: Link
         ScriptedWorker(link, make_hello(f"w{number}")).say_hello()
     late = ScriptedWorker(link, make_hello("late"))
     assert "1024 workers" in late.say_hello().goodbye.reason
-    for _ in range(12):
+    for _ in range(99):
+        link.tick()
+    assert {info.state for info in link.workers.info(link.now)} == {WorkerState.LOADING}
+    for _ in range(3):
         link.tick()
     assert {info.state for info in link.workers.info(link.now)} == {WorkerState.LOST}
     link.tick(seconds=601.0)
