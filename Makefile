@@ -10,6 +10,8 @@
 PYTHON ?= python3
 PROMPT ?= Explain in two sentences why the sky is blue.
 TORCH_INDEX ?=
+# For the shell to take as it is, quotes and dollars included.
+export PROMPT_TEXT := $(value PROMPT)
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
@@ -17,7 +19,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
 demo: .venv/.mili
 	$(BIN)/mili pull smollm2-135m
-	@$(BIN)/python examples/demo.py "$(PROMPT)"
+	@$(BIN)/python examples/demo.py "$$PROMPT_TEXT"
 
 test: .venv/.dev lint types
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu"

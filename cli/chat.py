@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from mili.cli.errors import CommandError
 from mili.cli.generate import (
+    DEFAULT_MAX_TOKENS,
     Address,
     MaxTokens,
     Model,
@@ -35,7 +36,7 @@ def chat(
     address: Address = "localhost:50051",
     model: Model = "",
     system: System = None,
-    max_tokens: MaxTokens = None,
+    max_tokens: MaxTokens = DEFAULT_MAX_TOKENS,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -83,6 +84,9 @@ def _ask() -> str | None:
         if sys.stdin.isatty():
             print()
         return None
+    except UnicodeDecodeError as error:
+        print(f"mili: the line is not UTF-8: {error}", file=sys.stderr)
+        return ""
     except KeyboardInterrupt:
         print("\n(/exit or Ctrl-D ends)")
         return ""

@@ -5,6 +5,9 @@ Owns nothing else: who prints the line is main.py's business.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+from collections.abc import Iterator
 from enum import IntEnum
 
 
@@ -18,6 +21,8 @@ class ExitCode(IntEnum):
     REFUSED = 78
     # As a shell reports a death by SIGINT.
     INTERRUPTED = 130
+    # As a shell reports a death by SIGTERM.
+    TERMINATED = 143
 
 
 class CommandError(Exception):
@@ -26,3 +31,17 @@ class CommandError(Exception):
     def __init__(self, message: str, exit_code: ExitCode = ExitCode.USAGE) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+@contextlib.contextmanager
+def told_os_errors() -> Iterator[None]:
+    """Turn what the system refuses to read or write into the command's error.
+
+    A closed pipe passes: that the reader has had enough is nothing to tell.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise
+        raise CommandError(str(error), ExitCode.CRASH) from None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mili.cli.errors import CommandError, ExitCode
+from mili.cli.errors import CommandError, ExitCode, told_os_errors
 
 if TYPE_CHECKING:
     from mili.client import Client, Generation, Message, TextStream
@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 Address = Annotated[str, typer.Option(envvar="MILI_ADDRESS", help="The router's host:port.")]
 Model = Annotated[str, typer.Option(help="Name of the model. Default: the only one served.")]
 System = Annotated[str | None, typer.Option(help="System message of the chat.")]
-MaxTokens = Annotated[int | None, typer.Option(help="Tokens to generate at most.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
 Temperature = Annotated[float | None, typer.Option(help="0 always takes the likeliest token.")]
 TopP = Annotated[float | None, typer.Option(help="Sample from the likeliest, up to this sum.")]
-TopK = Annotated[int | None, typer.Option(help="Sample from this many likeliest tokens.")]
-Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
+TopK = Annotated[int | None, typer.Option(min=0, help="Sample from this many likeliest tokens.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="The same seed gives the same text.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")]
 Timeout = Annotated[float, typer.Option(help="Seconds to wait for the router to be reached.")]
+DEFAULT_MAX_TOKENS = 512
 
 
 def generate(
@@ -40,7 +41,7 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue PROMPT as plain text, without chat template.")
     ] = False,
-    max_tokens: MaxTokens = None,
+    max_tokens: MaxTokens = DEFAULT_MAX_TOKENS,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -60,7 +61,7 @@ def generate(
     """
     if raw and system is not None:
         raise CommandError("--system is a part of the chat that --raw turns off: give one of them")
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = _read(prompt)
     with connected(address, timeout) as client, told_errors(as_json):
         stream = client.stream(
             text if raw else None,
@@ -82,6 +83,19 @@ def generate(
             print(_summary(stream.generation), file=sys.stderr)
 
 
+def _read(prompt: str) -> str:
+    """Return the text of the argument."""
+    try:
+        with told_os_errors():
+            text = sys.stdin.read() if prompt == "-" else prompt
+        text.encode()
+    except UnicodeError as error:
+        raise CommandError(f"the prompt is not UTF-8: {error}") from None
+    if not text.strip():
+        raise CommandError("the prompt is empty: give some text, or - to read standard input")
+    return text
+
+
 def opening(system: str | None) -> list[Message]:
     """The messages before the first question."""
     return [] if system is None else [{"role": "system", "content": system}]
@@ -90,8 +104,10 @@ def opening(system: str | None) -> list[Message]:
 @contextlib.contextmanager
 def connected(address: str, timeout: float) -> Iterator[Client]:
     """Yield a client whose server has answered within `timeout` seconds."""
-    from mili.client import Client, DeadlineExceeded, Unavailable
+    from mili.client import Client, DeadlineExceeded, MiliError, Unavailable
 
+    if not address:
+        raise CommandError("the address is empty: give --address HOST:PORT")
     with Client(address, timeout=timeout) as probe:
         try:
             probe.models()
@@ -99,13 +115,18 @@ def connected(address: str, timeout: float) -> Iterator[Client]:
             raise CommandError(
                 f"no router answers at {address}: is `mili serve` running there?", ExitCode.CRASH
             ) from None
-    with Client(address) as client:
+        except MiliError as error:
+            raise CommandError(
+                f"what answers at {address} is no router's public port: {error.message}",
+                ExitCode.CRASH,
+            ) from None
+    with told_os_errors(), Client(address) as client:
         yield client
 
 
 @contextlib.contextmanager
 def told_errors(as_json: bool = False) -> Iterator[None]:
-    """Turn what the server refuses into the command's error."""
+    """Turn what the server refuses, or what no request can hold, into the command's error."""
     from mili.client import MiliError
 
     try:
@@ -115,6 +136,8 @@ def told_errors(as_json: bool = False) -> Iterator[None]:
             _print_event("error", code=error.code.name, reason=error.reason, message=error.message)
         reason = f" ({error.reason})" if error.reason else ""
         raise CommandError(f"{error.message}{reason}", ExitCode.CRASH) from None
+    except ValueError as error:
+        raise CommandError(str(error)) from None
 
 
 def print_text(stream: TextStream, pieces: list[str]) -> None:

@@ -6,6 +6,8 @@ and the small commands start at once.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Annotated
 import typer
 
 from mili.cli.chat import chat
-from mili.cli.errors import CommandError, ExitCode
+from mili.cli.errors import CommandError, ExitCode, told_os_errors
 from mili.cli.generate import generate
 from mili.cli.lifeline import tie_to_parent
 from mili.cli.models import pull_model, with_model_folder
@@ -37,19 +39,41 @@ app = typer.Typer(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
-    tie_to_parent()
+    before = signal.getsignal(signal.SIGTERM)
+    _end_on_sigterm(ExitCode.TERMINATED)
     try:
-        return int(app(arguments, prog_name="mili", standalone_mode=False) or ExitCode.CLEAN)
+        tie_to_parent()
+        exit_code = app(arguments, prog_name="mili", standalone_mode=False)
+        with told_os_errors():
+            sys.stdout.flush()
+        return int(exit_code or ExitCode.CLEAN)
     except (CommandError, typer.TyperException) as error:
         text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
         for line in text.splitlines():
             print(f"mili: {line}", file=sys.stderr)
         return error.exit_code
-    except typer.Abort:
+    except (typer.Abort, KeyboardInterrupt):
         return ExitCode.INTERRUPTED
+    finally:
+        _drop_unwritable_output()
+        signal.signal(signal.SIGTERM, before)
+
+
+def _end_on_sigterm(exit_code: ExitCode) -> None:
+    """For the time until a server has handlers of its own, and for PID 1, which has no default."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(exit_code))
+
+
+def _drop_unwritable_output() -> None:
+    """Spare the interpreter, which flushes at its end, an error that was told already."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run_serve(config: ServeConfig, pull: bool) -> int:
+    _end_on_sigterm(ExitCode.CLEAN)
     from mili.cli.logging import set_up_logging
 
     set_up_logging("serve", config.log_level, config.log_format)
@@ -59,6 +83,7 @@ def _run_serve(config: ServeConfig, pull: bool) -> int:
 
 
 def _run_router(config: RouterConfig, pull: bool) -> int:
+    _end_on_sigterm(ExitCode.CLEAN)
     from mili.cli.logging import set_up_logging
 
     set_up_logging("router", config.log_level, config.log_format)
@@ -68,6 +93,7 @@ def _run_router(config: RouterConfig, pull: bool) -> int:
 
 
 def _run_worker(config: WorkerConfig, pull: bool) -> int:
+    _end_on_sigterm(ExitCode.CLEAN)
     from mili.cli.logging import set_up_logging
 
     set_up_logging(config.name or "worker", config.log_level, config.log_format)
@@ -92,8 +118,9 @@ def pull(
     from mili.cli.logging import set_up_logging
 
     set_up_logging("pull", "info", "console")
-    for name in names:
-        print(pull_model(name), flush=True)
+    with told_os_errors():
+        for name in names:
+            print(pull_model(name), flush=True)
 
 
 def keygen(

@@ -15,6 +15,7 @@ import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from mili.cli.errors import told_os_errors
 from mili.cli.settings import Given, load, to_text, value_type, variable
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -93,7 +94,8 @@ def add_command(
             fallback={"model": Given("", "not set")} if only_print else None,
         )
         if only_print:
-            print(settings.table(hidden))
+            with told_os_errors():
+                print(settings.table(hidden), flush=True)
             return 0
         return run(settings.config, arguments["pull"])
 

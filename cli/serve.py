@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import grpc
@@ -24,6 +25,7 @@ from mili.cli.errors import CommandError
 from mili.cli.serve_config import ServeConfig
 from mili.cli.settings import to_environment, without_settings
 from mili.cli.supervisor import Child, Patience, Supervisor
+from mili.hub.folder import ModelFolderError, read_model_folder
 from mili.router.config import RouterConfig
 from mili.v1.model_pb2 import ListModelsRequest
 from mili.v1.model_pb2_grpc import ModelServiceStub
@@ -40,24 +42,31 @@ _KV_CACHE_SHARE = 0.25
 def serve(config: ServeConfig) -> int:
     """Run until a signal, or until nothing is left that could serve; return the exit code.
 
-    config.model is a folder.
+    config.model is a folder. Raises CommandError for what no child could serve.
     """
+    try:
+        read_model_folder(Path(config.model))
+    except ModelFolderError as error:
+        raise CommandError(str(error)) from None
     with tempfile.TemporaryDirectory(prefix="mili-") as folder:
         link = Path(folder) / "workers"
         if len(os.fsencode(link)) > _LONGEST_SOCKET_PATH:
             raise CommandError(f"TMPDIR is too long for a socket's path: {link}")
         router = router_config(config, f"ipc://{link}")
+        free_port("port", router.host, router.port)
+        free_port("admin_port", router.admin_host, router.admin_port)
         workers = worker_configs(config, f"ipc://{link}")
         return asyncio.run(_serve(router, workers))
 
 
 async def _serve(router: RouterConfig, workers: list[WorkerConfig]) -> int:
+    router_child = _child("router", "router", router, {})
     supervisor = Supervisor(
-        _child("router", "router", router, {}),
+        router_child,
         [_child(worker.name, "worker", worker, _thread_limits(worker)) for worker in workers],
         Patience(drain=router.drain_timeout),
     )
-    announcement = asyncio.create_task(_announce(router, len(workers)))
+    announcement = asyncio.create_task(_announce(router, len(workers), lambda: router_child.alive))
     try:
         return await supervisor.run()
     finally:
@@ -72,8 +81,8 @@ def router_config(config: ServeConfig, link: str) -> RouterConfig:
         config.model_dump(include=set(RouterConfig.model_fields))
         | {
             "worker_link": link,
-            "port": config.port or _free_port(config.host),
-            "admin_port": config.admin_port or _free_port(config.admin_host),
+            "port": config.port or free_port("port", config.host),
+            "admin_port": config.admin_port or free_port("admin_port", config.admin_host),
         }
     )
 
@@ -113,13 +122,29 @@ def _thread_limits(worker: WorkerConfig) -> dict[str, str]:
     }
 
 
-def _free_port(host: str) -> int:
-    family, kind, protocol, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+def free_port(setting: str, host: str, port: int = 0) -> int:
+    """Return the port, or a free one for 0. CommandError if nobody could listen on it."""
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        host_setting = setting.replace("port", "host")
+        raise CommandError(f"{host_setting} = {host}: no such address ({reason})") from None
+    family, kind, protocol, _, address = addresses[0]
     with socket.socket(family, kind, protocol) as probe:
-        probe.bind(address)
-        port = probe.getsockname()[1]
-    assert isinstance(port, int)
-    return port
+        # As gRPC does: connections of a server that just ended do not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            taken = error.errno == errno.EADDRINUSE
+            reason = "another process listens there" if taken else error.strerror
+            raise CommandError(
+                f"{setting} = {port}: cannot listen on {_bracketed(host)}:{port}: {reason}"
+            ) from None
+        found = probe.getsockname()[1]
+    assert isinstance(found, int)
+    return found
 
 
 def _available_memory() -> int:
@@ -130,15 +155,19 @@ def _available_memory() -> int:
     raise CommandError("cannot tell the available memory: give --kv-cache-memory-bytes")
 
 
-async def _announce(router: RouterConfig, workers: int) -> None:
-    """Print one line when the API answers, for people and for scripts that wait for it."""
+async def _announce(router: RouterConfig, workers: int, alive: Callable[[], bool]) -> None:
+    """Print one line when the API answers, for people and for scripts that wait for it.
+
+    alive: whether our router runs, for without it somebody else answers.
+    """
     options = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500))
     async with grpc.aio.insecure_channel(_reachable(router), options) as channel:
         while True:
             with contextlib.suppress(grpc.aio.AioRpcError):
                 await _serving(channel)
                 models = await ModelServiceStub(channel).ListModels(ListModelsRequest())
-                break
+                if alive():
+                    break
             await asyncio.sleep(0.2)
     name = models.models[0].name
     plural = "worker" if workers == 1 else "workers"

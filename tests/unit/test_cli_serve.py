@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ from pathlib import Path
 import pytest
 
 from mili.cli import models
+from mili.cli.errors import CommandError
 from mili.cli.main import main
 from mili.cli.models import with_model_folder
-from mili.cli.serve import _child, router_config, worker_configs
+from mili.cli.serve import _child, free_port, router_config, worker_configs
 from mili.cli.serve_config import ServeConfig
 from mili.cli.settings import variable
 from mili.router.config import RouterConfig
@@ -54,6 +56,16 @@ def test_port_0_becomes_a_port_that_restarts_keep() -> None:
     assert 0 not in (router.port, router.admin_port)
     assert router.worker_link == LINK
     assert router_config(config(port=7), LINK).port == 7
+
+
+def test_a_port_that_is_taken_and_a_host_that_is_none_are_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(CommandError, match=f"admin_port = {port}: .*another process"):
+            free_port("admin_port", "127.0.0.1", port)
+    assert free_port("port", "127.0.0.1", port) == port
+    with pytest.raises(CommandError, match=r"admin_host = nonsense\.invalid: no such address"):
+        free_port("admin_port", "nonsense.invalid")
 
 
 def test_a_child_shows_the_settings_that_serve_gave_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def test_lists_come_from_repeated_flags_commas_and_toml(
         (
             ["router", "m"],
             {"MILI_WORKER_TIMEOUT": "nan"},
-            "worker_timeout = nan (from environment MILI_WORKER_TIMEOUT): must be a number above 0",
+            "worker_timeout = nan (from environment MILI_WORKER_TIMEOUT): must be a number at",
         ),
         (["serve"], {}, "model is not set: give MODEL, or MILI_MODEL, or model in a file"),
         (
@@ -106,6 +106,16 @@ def test_lists_come_from_repeated_flags_commas_and_toml(
         (["router", "m", "--portt", "1"], {}, "No such option: --portt"),
         (["serve", "no-such-model"], {}, "`mili pull no-such-model`"),
         (["generate", "--raw", "--system", "x", "hi"], {}, "--system is a part of the chat"),
+        (["generate", "hi", "--seed", "-1"], {}, "Invalid value for '--seed'"),
+        (["generate", " "], {}, "the prompt is empty"),
+        (["generate", "\udcff"], {}, "the prompt is not UTF-8"),
+        (["generate", "hi", "--address", ""], {}, "the address is empty"),
+        (
+            ["router", "m"],
+            {"MILI_DRAIN_TIMEOUT": "inf"},
+            "drain_timeout = inf (from environment MILI_DRAIN_TIMEOUT): must be a number at least",
+        ),
+        (["router", "m", "--served-model-name", "a,b"], {}, "served_model_name 'a,b'"),
         (["router", "m", "--config", "/nowhere.toml"], {}, "/nowhere.toml: No such file"),
     ],
 )
@@ -133,6 +143,13 @@ def test_an_unknown_key_in_the_file_is_named_with_the_nearest_one(tmp_path: Path
     path.write_text("prot = 1\n")
     with pytest.raises(CommandError, match=r"unknown setting prot in .*s\.toml; did you mean port"):
         load(RouterConfig, {}, path)
+
+
+def test_true_is_no_number(tmp_path: Path) -> None:
+    path = tmp_path / "s.toml"
+    path.write_text("port = true\n")
+    with pytest.raises(CommandError, match=r"port = true .*: must be an integer from 0 to 65535"):
+        load(RouterConfig, {"model": Given("m", "")}, path)
 
 
 def test_one_file_serves_every_command(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

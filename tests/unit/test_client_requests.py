@@ -83,7 +83,7 @@ def test_prompts() -> None:
         (None, {}, "either a prompt or messages"),
         ("Hi", {"messages": []}, "either a prompt or messages"),
         ("Hi", {"temprature": 1.0}, "unknown option: temprature"),
-        ("Hi", {"top_k": -1}, "out of range"),
+        ("Hi", {"top_k": -1}, "top_k must be from 0"),
         ("Hi", {"temperature": "warm"}, "must be real number"),
     ],
 )

@@ -232,3 +232,20 @@ def test_the_weights_hash_sees_names(folder: Path) -> None:
     save_file({"b": np.zeros(5, np.float32)}, folder / "other.safetensors")
     renamed_tensor = weights_sha256(read_model_folder(folder))
     assert len({before, renamed_file, renamed_tensor}) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("tokenizer_config.json", '{"chat_template": [null]}', "'chat_template' is no text"),
+        ("tokenizer_config.json", "[" * 100_000, "is not valid JSON"),
+        ("generation_config.json", '{"top_k": 1e999}', "'top_k' must be finite"),
+        ("generation_config.json", '{"temperature": NaN}', "'temperature' must be finite"),
+    ],
+)
+def test_what_only_looks_like_json_is_named(
+    folder: Path, name: str, text: str, problem: str
+) -> None:
+    (folder / name).write_text(text)
+    with pytest.raises(ModelFolderError, match=rf"{name}.* ?{problem}"):
+        read_model_folder(folder)
