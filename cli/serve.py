@@ -34,7 +34,7 @@ from mili.worker.config import WorkerConfig
 # An ipc address is the path of a socket, and the kernel takes no longer one.
 _LONGEST_SOCKET_PATH = 107
 # GNU OpenMP's threads spin while they wait; unbounded, two workers starve each other.
-_SPIN_COUNT = "1000"
+_SPIN_COUNT = "10000"
 # The workers' common part of the memory that is available at start.
 _KV_CACHE_SHARE = 0.25
 

@@ -95,7 +95,7 @@ def test_lists_come_from_repeated_flags_commas_and_toml(
         (
             ["router", "m"],
             {"MILI_WORKER_TIMEOUT": "nan"},
-            "worker_timeout = nan (from environment MILI_WORKER_TIMEOUT): must be a number at",
+            "worker_timeout = nan (from environment MILI_WORKER_TIMEOUT): must be a number",
         ),
         (["serve"], {}, "model is not set: give MODEL, or MILI_MODEL, or model in a file"),
         (
