@@ -24,6 +24,7 @@ Config = TypeVar("Config", bound=BaseModel)
 WITHOUT_FLAG = frozenset(
     {
         "admin_host",
+        "kv_cache_memory_fraction",
         "max_queued_requests",
         "name",
         "num_threads",

@@ -35,8 +35,6 @@ from mili.worker.config import WorkerConfig
 _LONGEST_SOCKET_PATH = 107
 # GNU OpenMP's threads spin while they wait; unbounded, two workers starve each other.
 _SPIN_COUNT = "10000"
-# The workers' common part of the memory that is available at start.
-_KV_CACHE_SHARE = 0.25
 
 
 def serve(config: ServeConfig) -> int:
@@ -93,11 +91,8 @@ def worker_configs(config: ServeConfig, link: str) -> list[WorkerConfig]:
     shared = config.model_dump(include=set(WorkerConfig.model_fields)) | {
         "router": link,
         "num_threads": config.num_threads or max(1, cores // config.workers),
+        "kv_cache_memory_fraction": config.kv_cache_memory_fraction / config.workers,
     }
-    sized = config.kv_cache_memory_bytes or config.num_gpu_blocks_override
-    if config.workers > 1 and not sized:
-        share = _available_memory() * _KV_CACHE_SHARE / config.workers
-        shared["kv_cache_memory_bytes"] = int(share)
     return [
         WorkerConfig.model_validate(shared | {"name": f"worker-{number}"})
         for number in range(config.workers)
@@ -145,14 +140,6 @@ def free_port(setting: str, host: str, port: int = 0) -> int:
         found = probe.getsockname()[1]
     assert isinstance(found, int)
     return found
-
-
-def _available_memory() -> int:
-    """Bytes, as the kernel estimates them."""
-    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise CommandError("cannot tell the available memory: give --kv-cache-memory-bytes")
 
 
 async def _announce(router: RouterConfig, workers: int, alive: Callable[[], bool]) -> None:

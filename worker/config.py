@@ -41,6 +41,9 @@ class WorkerConfig(BaseModel):
     kv_cache_memory_bytes: int | None = Field(
         default=None, ge=1, description="Memory of the KV cache. Default: up to 25 % of free."
     )
+    kv_cache_memory_fraction: float = Field(
+        default=0.25, gt=0, le=1, description="Default KV cache: at most this share of free."
+    )
     num_gpu_blocks_override: int | None = Field(
         default=None, ge=2, description="Number of KV blocks, whatever the memory."
     )

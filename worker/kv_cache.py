@@ -14,7 +14,6 @@ import torch
 from mili.worker.config import WorkerConfig
 from mili.worker.models.config import DecoderConfig
 
-_FREE_FRACTION = 0.25
 _CGROUP = Path("/sys/fs/cgroup")
 # What attention may copy together at once: enough rows to be quick, little enough to stay in cache.
 _SCRATCH_BYTES = 32 << 20
@@ -68,7 +67,9 @@ def count_blocks(config: WorkerConfig, decoder: DecoderConfig, item_size: int, l
         num_blocks = config.kv_cache_memory_bytes // block_bytes
     else:
         useful = 1 + config.max_num_seqs * -(-limit // config.block_size)
-        num_blocks = min(int(available_memory() * _FREE_FRACTION) // block_bytes, useful)
+        num_blocks = min(
+            int(available_memory() * config.kv_cache_memory_fraction) // block_bytes, useful
+        )
     if num_blocks < 2:
         raise ValueError(
             f"the KV cache has room for {num_blocks} blocks of {block_bytes} bytes and needs 2 at "

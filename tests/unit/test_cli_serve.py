@@ -29,11 +29,11 @@ def config(**settings: object) -> ServeConfig:
 
 def test_the_cores_and_the_memory_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    monkeypatch.setattr("mili.cli.serve._available_memory", lambda: 12_000)
     workers = worker_configs(config(workers=3), LINK)
     assert [worker.name for worker in workers] == ["worker-0", "worker-1", "worker-2"]
     assert {worker.num_threads for worker in workers} == {2}
-    assert {worker.kv_cache_memory_bytes for worker in workers} == {1000}
+    assert {worker.kv_cache_memory_fraction for worker in workers} == {0.25 / 3}
+    assert {worker.kv_cache_memory_bytes for worker in workers} == {None}, "or it would be exact"
     assert {worker.router for worker in workers} == {LINK}
 
 

@@ -36,11 +36,13 @@ def test_memory_in_bytes() -> None:
 def test_by_default_a_quarter_of_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_cache, "available_memory", lambda: 400 * BLOCK_BYTES)
     assert count() == 100
+    assert count(kv_cache_memory_fraction=0.125) == 50, "two workers on one machine"
 
 
 def test_by_default_no_more_than_is_useful(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_cache, "available_memory", lambda: 10**15)
     assert count(max_num_seqs=3) == 1 + 3 * 63
+    assert count(max_num_seqs=3, kv_cache_memory_fraction=0.01) == 1 + 3 * 63
 
 
 def test_too_little_memory_says_what_to_change() -> None:
