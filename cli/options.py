@@ -24,10 +24,14 @@ Config = TypeVar("Config", bound=BaseModel)
 WITHOUT_FLAG = frozenset(
     {
         "admin_host",
+        "drain_timeout",
+        "health_port",
+        "kv_cache_memory_bytes",
         "kv_cache_memory_fraction",
         "max_queued_requests",
         "name",
         "num_threads",
+        "pipeline_depth",
         "recovery_timeout",
         "worker_timeout",
     }

@@ -43,7 +43,7 @@ def serve(config: ServeConfig) -> int:
     config.model is a folder. Raises CommandError for what no child could serve.
     """
     try:
-        read_model_folder(Path(config.model))
+        read_model_folder(Path(config.model), weights=config.load_format != "random")
     except ModelFolderError as error:
         raise CommandError(str(error)) from None
     with tempfile.TemporaryDirectory(prefix="mili-") as folder:
@@ -61,7 +61,10 @@ async def _serve(router: RouterConfig, workers: list[WorkerConfig]) -> int:
     router_child = _child("router", "router", router, {})
     supervisor = Supervisor(
         router_child,
-        [_child(worker.name, "worker", worker, _thread_limits(worker)) for worker in workers],
+        [
+            _child(worker.name, "worker", worker, _resources(worker, number))
+            for number, worker in enumerate(workers)
+        ],
         Patience(drain=router.drain_timeout),
     )
     announcement = asyncio.create_task(_announce(router, len(workers), lambda: router_child.alive))
@@ -110,11 +113,28 @@ def _child(name: str, command: str, config: BaseModel, extra: Mapping[str, str])
     )
 
 
-def _thread_limits(worker: WorkerConfig) -> dict[str, str]:
+def _resources(worker: WorkerConfig, number: int) -> dict[str, str]:
+    """What of the machine the number-th worker uses: a GPU of its own, or a share of the cores."""
+    if worker.device == "cuda":
+        return {"CUDA_VISIBLE_DEVICES": _gpu(number)}
     return {
         "OMP_NUM_THREADS": str(worker.num_threads),
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", _SPIN_COUNT),
     }
+
+
+def _gpu(number: int) -> str:
+    """The number-th GPU of those that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not visible:
+        return str(number)
+    names = visible.split(",")
+    if number >= len(names):
+        raise CommandError(
+            f"workers = {number + 1}: each needs a GPU, and CUDA_VISIBLE_DEVICES names "
+            f"{len(names)} ({visible})"
+        )
+    return names[number]
 
 
 def free_port(setting: str, host: str, port: int = 0) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 from mili.hub.errors import ModelFolderError as ModelFolderError
 from mili.hub.hashing import interface_sha256 as interface_sha256
+from mili.hub.hashing import random_weights_sha256 as random_weights_sha256
 from mili.hub.hashing import weights_sha256 as weights_sha256
 from mili.hub.safetensors_file import read_header
 
@@ -42,7 +43,8 @@ class ModelFolder:
     """config, tokenizer_config: the raw contents of config.json and tokenizer_config.json.
 
     architecture: the first of config["architectures"]. dtype: of the weights, as in "bfloat16".
-    chat_template: Jinja source, None if the model has none. weight_files: all of them, checked.
+    chat_template: Jinja source, None if the model has none. weight_files: all of them, checked;
+    none where the folder was read without them.
     """
 
     path: Path
@@ -59,8 +61,11 @@ class ModelFolder:
     weight_files: tuple[Path, ...]
 
 
-def read_model_folder(path: Path) -> ModelFolder:
-    """Read and check a model folder. Raises ModelFolderError."""
+def read_model_folder(path: Path, *, weights: bool = True) -> ModelFolder:
+    """Read and check a model folder. Raises ModelFolderError.
+
+    weights: whether the weight files must be there; without, nobody looks for them.
+    """
     if not path.is_dir():
         raise ModelFolderError(f"{path} is not a folder: give the folder that holds config.json")
     config_path = path / "config.json"
@@ -88,7 +93,7 @@ def read_model_folder(path: Path) -> ModelFolder:
         chat_template=_read_chat_template(path, tokenizer_config),
         tokenizer_config=tokenizer_config,
         tokenizer_path=tokenizer_path,
-        weight_files=_find_weight_files(path),
+        weight_files=_find_weight_files(path) if weights else (),
     )
 
 
@@ -202,7 +207,7 @@ def _indexed_weight_files(index_path: Path) -> tuple[Path, ...]:
             raise ModelFolderError(
                 f"{file} is missing, though {INDEX_NAME} lists it: pull the model again"
             )
-        present = read_header(file).names
+        present = read_header(file).tensors
         for name in names:
             if name not in present:
                 raise ModelFolderError(f"{file} lacks {name!r}, which {INDEX_NAME} puts there")

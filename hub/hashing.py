@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mili.hub.safetensors_file import read_header
 
@@ -37,6 +38,11 @@ def weights_sha256(folder: ModelFolder) -> bytes:
         header = read_header(path)
         parts += [path.name.encode(), header.raw, *file_ends(path, start=header.data_start)]
     return _sha256(*parts)
+
+
+def random_weights_sha256(config: Mapping[str, Any], device: str, seed: int = 0) -> bytes:
+    """Name weights that are drawn, not read. config: of config.json. device: what draws them."""
+    return _sha256(json.dumps(config, sort_keys=True).encode(), device.encode(), b"%d" % seed)
 
 
 def file_ends(path: Path, start: int = 0) -> tuple[bytes, bytes, bytes]:

@@ -24,14 +24,15 @@ class Progress(Protocol):
 def show_progress() -> Iterator[Progress]:
     """Yield a Progress that writes to stderr."""
     if sys.stderr.isatty():
-        with _bars() as progress:
+        with show_bars() as progress:
             yield progress
     else:
         yield _lines()
 
 
 @contextmanager
-def _bars() -> Iterator[Progress]:
+def show_bars() -> Iterator[Progress]:
+    """Yield a Progress that draws on the terminal of stderr."""
     from rich import progress as rich_progress
     from rich.console import Console
 

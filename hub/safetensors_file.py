@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +19,20 @@ ITEM_SIZE = {"F32": 4, "F16": 2, "BF16": 2}  # bytes
 MAX_HEADER_BYTES = 100_000_000
 
 
+class StoredTensor(NamedTuple):
+    """dtype: as the format names it, known to ITEM_SIZE or not. start, size: bytes in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
+
+
 class Header(NamedTuple):
-    """raw: the header's bytes. names: the tensors. data_start: offset of the first tensor."""
+    """raw: the header's bytes. tensors: by name. data_start: offset of the first tensor."""
 
     raw: bytes
-    names: frozenset[str]
+    tensors: Mapping[str, StoredTensor]
     data_start: int
     file_size: int
 
@@ -53,23 +62,35 @@ def read_header(path: Path) -> Header:
     data_start = 8 + length
     if file_size < data_start:
         raise _wrong_size(path, file_size, data_start, "at least ")
-    names, data_size = _parse(path, raw)
-    if file_size != data_start + data_size:
-        raise _wrong_size(path, file_size, data_start + data_size)
-    return Header(raw, names, data_start, file_size)
+    tensors = _parse(path, raw, data_start)
+    expected = max((each.start + each.size for each in tensors.values()), default=data_start)
+    if file_size != expected:
+        raise _wrong_size(path, file_size, expected)
+    return Header(raw, tensors, data_start, file_size)
 
 
-def _parse(path: Path, raw: bytes) -> tuple[frozenset[str], int]:
-    """Return the names of the tensors and the bytes that they take together."""
+def _parse(path: Path, raw: bytes, data_start: int) -> dict[str, StoredTensor]:
     try:
         entries: dict[str, Any] = json.loads(raw)
         entries.pop("__metadata__", None)
-        ends = [int(entry["data_offsets"][1]) for entry in entries.values()]
+        tensors = {name: _read_entry(entry, data_start) for name, entry in entries.items()}
     except (ValueError, TypeError, LookupError, AttributeError) as error:
         raise ModelFolderError(
             f"{path} has an unreadable safetensors header: pull the model again"
         ) from error
-    return frozenset(entries), max(ends, default=0)
+    for name, (dtype, shape, start, size) in tensors.items():
+        whole = ITEM_SIZE.get(dtype, 0) * math.prod(shape)
+        if start < data_start or size < 0 or (dtype in ITEM_SIZE and size != whole):
+            raise ModelFolderError(
+                f"{path} has {size} bytes for {name}, {dtype} {list(shape)}: pull the model again"
+            )
+    return tensors
+
+
+def _read_entry(entry: Any, data_start: int) -> StoredTensor:  # noqa: ANN401
+    begin, end = map(int, entry["data_offsets"])
+    shape = tuple(map(int, entry["shape"]))
+    return StoredTensor(str(entry["dtype"]), shape, data_start + begin, end - begin)
 
 
 def _wrong_size(path: Path, actual: int, expected: int, at_least: str = "") -> ModelFolderError:

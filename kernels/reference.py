@@ -55,14 +55,20 @@ class RopeAngles(NamedTuple):
 
 
 def rope_angles(
-    positions: torch.Tensor, inverse_frequencies: torch.Tensor, dtype: torch.dtype
+    positions: torch.Tensor,
+    inverse_frequencies: torch.Tensor,
+    dtype: torch.dtype,
+    attention_factor: float = 1.0,
 ) -> RopeAngles:
-    """positions: [tokens] int64; inverse_frequencies: [head_dim / 2] float32, scaling included."""
+    """positions: [tokens] int64; inverse_frequencies: [head_dim / 2] float32, scaling included.
+
+    attention_factor: multiplies what is rotated (YaRN).
+    """
     _require(inverse_frequencies.dtype == torch.float32, "inverse_frequencies must be float32")
     angles = positions[:, None].float() * inverse_frequencies
-    sin = angles.sin()
+    cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
     return RopeAngles(
-        angles.cos().to(dtype)[:, None, None],
+        cos.to(dtype)[:, None, None],
         torch.stack((-sin, sin), dim=1).to(dtype)[:, None],
     )
 

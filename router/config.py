@@ -35,8 +35,11 @@ class RouterConfig(BaseModel):
     insecure_worker_link: bool = Field(
         default=False, description="Allow a worker link beyond loopback without keys."
     )
-    pipeline_depth: int = Field(
-        default=2, ge=1, le=8, description="Step commands in flight per worker group."
+    pipeline_depth: int | None = Field(
+        default=None,
+        ge=1,
+        le=8,
+        description="Step commands in flight per worker group. Default: 2; 3 for short steps.",
     )
     max_queued_requests: int = Field(
         default=1024, ge=1, description="Requests that may wait; more are refused."

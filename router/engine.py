@@ -37,6 +37,11 @@ MAX_STRIKES = 2
 # Deaths of its worker that one request may live through.
 MAX_DEATHS = 16
 
+# Steps in flight that hide the way from a result to the next command; more where a step is shorter
+# than that way, in seconds, may be.
+SHALLOW, DEEP = 2, 3
+SHORT_STEP = 0.002
+
 Deliver = Callable[[list[RequestOutput]], None]
 Clock = Callable[[], float]
 MakeText = Callable[[GenerationParams], TextOutput | None]
@@ -78,7 +83,7 @@ class Engine:
         self,
         *,
         model_context_limit: int,
-        pipeline_depth: int,
+        pipeline_depth: int | None,
         max_queued_requests: int,
         recovery_timeout: float,
         make_text: MakeText,
@@ -110,6 +115,11 @@ class Engine:
     def block_size(self) -> int:
         """Tokens in a KV block; 0 while no worker serves."""
         return next((group.limits.block_size for group in self._groups.values()), 0)
+
+    @property
+    def weights_sha256(self) -> bytes:
+        """The same for every worker; empty while none serves."""
+        return next((group.weights_sha256 for group in self._groups.values()), b"")
 
     @property
     def is_serving(self) -> bool:
@@ -271,7 +281,8 @@ class Engine:
         """Keep the pipeline of a group full; returns what to tell the requests that started."""
         scheduler, group = self._schedulers[name], self._groups[name]
         started: list[RequestOutput] = []
-        while len(scheduler.in_flight) < self._pipeline_depth:
+        depth = self._pipeline_depth or (DEEP if group.last_step_seconds < SHORT_STEP else SHALLOW)
+        while len(scheduler.in_flight) < depth:
             command = scheduler.schedule()
             if command is None:
                 break

@@ -6,15 +6,17 @@ objection as a sentence for the worker's log, or None.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from mili.internal.v1.step_pb2 import Hello, Ready
+from mili.internal.v1.step_pb2 import Hello, Ready, StartupPhase
 from mili.router.worker_peer import WorkerPeer
 
 PROTOCOL = 1
 MAX_NAME_LENGTH = 128
 MAX_WORLD_SIZE = 64
 SHA256_LENGTH = 32
+MAX_STARTUP_PHASES = 64
+MAX_STARTUP_SECONDS = 1e6
 
 OTHER_WEIGHTS = (
     "its weights differ from those that this router's workers served so far: "
@@ -78,10 +80,23 @@ def object_to_ready(ready: Ready, ranks: Iterable[WorkerPeer]) -> str | None:
     for name, number in numbers.items():
         if number < 1:
             return f"its Ready has no room: {name} is {getattr(ready, name)}"
+    if problem := _object_to_startup(ready.startup):
+        return problem
     for peer in ranks:
         if peer.ready is not None and (peer.ready.block_size, peer.ready.vocab_size) != (
             ready.block_size,
             ready.vocab_size,
         ):
             return f"its block size or vocabulary differs from rank {peer.rank}'s"
+    return None
+
+
+def _object_to_startup(phases: Sequence[StartupPhase]) -> str | None:
+    if len(phases) > MAX_STARTUP_PHASES:
+        return f"its Ready has {len(phases)} start-up phases"
+    for phase in phases:
+        if len(phase.name) > MAX_NAME_LENGTH:
+            return "its Ready has a start-up phase whose name is too long"
+        if not 0 <= phase.seconds < MAX_STARTUP_SECONDS:  # neither is NaN
+            return f"its Ready has a start-up phase of {phase.seconds} seconds"
     return None

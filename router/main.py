@@ -28,6 +28,8 @@ from mili.router.workers import Workers
 
 CLEAN, CRASH, USAGE = 0, 1, 2
 TICK_SECONDS = 0.1
+# Hardly anything here is garbage that only a collector finds; a collection may last many steps.
+GC_THRESHOLD = (50_000, 20, 50)
 
 log = structlog.get_logger()
 
@@ -55,7 +57,7 @@ class Router:
         self._config = config
         phases: list[tuple[str, float]] = []
         with _phase("read model", phases):
-            self._folder = read_model_folder(Path(config.model))
+            self._folder = read_model_folder(Path(config.model), weights=False)
             interface = interface_sha256(self._folder)
         with _phase("load tokenizer", phases):
             self._tokenizer = Tokenizer(self._folder)
@@ -101,6 +103,7 @@ class Router:
             loop.add_signal_handler(number, self._stop.set)
         # What lives now lives to the end: the collector need not look at it again and again.
         gc.freeze()
+        gc.set_threshold(*GC_THRESHOLD)
         ticker = asyncio.create_task(self._tick())
         await self._stop.wait()
         if self._exit_code == CLEAN:
@@ -160,6 +163,8 @@ class Router:
                     group=info.group,
                     rank=info.rank,
                     world_size=info.world_size,
+                    weights_sha256=info.weights_sha256,
+                    startup_phases=info.startup,
                 )
             )
         return statuses

@@ -7,6 +7,7 @@ Does not know epochs, frames or sockets.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from mili.internal.v1.step_pb2 import Hello, Ready
@@ -20,7 +21,10 @@ FORGET_SECONDS = 600.0
 
 
 class WorkerInfo(NamedTuple):
-    """One line of AdminService.ListWorkers. Ages in seconds; None: it never happened."""
+    """One line of AdminService.ListWorkers. Ages in seconds; None: it never happened.
+
+    startup: name and seconds of each part of its start, in order.
+    """
 
     name: str
     instance: str
@@ -30,6 +34,8 @@ class WorkerInfo(NamedTuple):
     group: str
     rank: int
     world_size: int
+    weights_sha256: bytes
+    startup: Sequence[tuple[str, float]]
 
 
 class Roster:
@@ -115,6 +121,8 @@ class Roster:
                 group=peer.group,
                 rank=peer.rank,
                 world_size=peer.world_size,
+                weights_sha256=peer.weights_sha256,
+                startup=peer.startup,
             )
             for peer in self.peers.values()
         ]

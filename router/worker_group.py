@@ -6,6 +6,7 @@ go: that is router/workers.py.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from enum import IntEnum
@@ -22,7 +23,7 @@ from mili.router.limits import Limits
 from mili.router.liveness import StepTimes, step_work
 from mili.router.worker_peer import Send, WorkerPeer
 
-# Far above any --pipeline-depth: what a worker may be sent without having answered.
+# Far above any pipeline depth: what a worker may be sent without having answered.
 MAX_IN_FLIGHT = 16
 
 
@@ -49,6 +50,8 @@ class WorkerGroup:
         self.world_size = 1
         self.ranks: dict[int, WorkerPeer] = {}
         self.step_times = StepTimes()
+        # On the device; unknown, and so not short, until the first result.
+        self.last_step_seconds = math.inf
         self._send = send
         self._limits: Limits | None = None
         self._in_flight: deque[_InFlight] = deque()
@@ -61,6 +64,11 @@ class WorkerGroup:
         if not alive:
             return WorkerState.LOST
         return min(alive) if len(alive) == self.world_size else WorkerState.LOADING
+
+    @property
+    def weights_sha256(self) -> bytes:
+        """What its ranks say they have loaded."""
+        return next(iter(self.ranks.values())).weights_sha256
 
     @property
     def limits(self) -> Limits:
@@ -113,7 +121,8 @@ class WorkerGroup:
         if max(faulty, default=0) >= len(due):
             return f"reported a fault outside the batch in step {result.step}"
         self._in_flight.popleft()
-        self.step_times.measured(sent.work, result.device_microseconds / 1e6)
+        self.last_step_seconds = result.device_microseconds / 1e6
+        self.step_times.measured(sent.work, self.last_step_seconds)
         return None
 
     def open(self) -> bool:

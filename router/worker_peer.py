@@ -7,7 +7,7 @@ Does not know other workers, nor what a frame's body means.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from mili.internal.v1.step_pb2 import Hello, Ready, RouterFrame, Welcome
 from mili.router.liveness import Liveness
@@ -30,6 +30,8 @@ class WorkerPeer:
         self.routing_id = routing_id
         self.epoch = 0
         self.ready: Ready | None = None
+        # Name and seconds of each part of its start, in order; known once it was ready.
+        self.startup: Sequence[tuple[str, float]] = ()
         self.liveness = Liveness(now)
         self._received = 0
         self._sent = 0

@@ -192,6 +192,7 @@ class Workers:
             self._dismiss(peer, problem, now)
         else:
             peer.ready = ready
+            peer.startup = [(phase.name, phase.seconds) for phase in ready.startup]
             if group.open():
                 self._roster.served(peer)
                 self._events.on_ready(group)

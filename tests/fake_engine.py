@@ -47,6 +47,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self.context_limit = CONTEXT_LIMIT
         self.block_size = 16
+        self.weights_sha256 = b"w" * 32
         self.deliver: Callable[[list[RequestOutput]], None] = lambda outputs: None
         self.params: dict[str, GenerationParams] = {}
         self.lengths: dict[str, int] = {}

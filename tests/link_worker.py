@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from mili.internal.v1 import step_pb2 as pb
+from mili.worker.completion import DoneStep
 from mili.worker.connection import Connection
 from mili.worker.main import serve, stop_on_signals
 from mili.worker.progress import Progress
@@ -49,13 +50,14 @@ class EchoRunner:
     def reset(self) -> None:
         self._steps = 0
 
-    def execute(self, command: pb.StepCommand) -> pb.StepResult:
+    def start(self, command: pb.StepCommand) -> DoneStep:
         self._steps += 1
         assert command.step == self._steps, (command.step, self._steps)
         if command.step == 13:
             raise KeyError("no luck")
         num_new = [1] * len(command.rows)
-        return pb.StepResult(step=command.step, num_new=num_new, token_ids=command.starts)
+        result = pb.StepResult(step=command.step, num_new=num_new, token_ids=command.starts)
+        return DoneStep(result)
 
 
 def main(address: str, name: str = "w", keys: str = "") -> int:

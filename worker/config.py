@@ -24,9 +24,13 @@ class WorkerConfig(BaseModel):
     worker_keys: Path | None = Field(
         default=None, description="Folder of CURVE keys made by `mili keygen`."
     )
-    device: Literal["cpu"] = Field(default="cpu", description="Where the model runs.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="auto: bfloat16 where the CPU multiplies it, else float32."
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="Where the model runs.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="auto: bfloat16 on a GPU and where the CPU multiplies it, else float32.",
+    )
+    load_format: Literal["auto", "random"] = Field(
+        default="auto", description="random: weights of the model's shapes, without files."
     )
     max_model_len: int | None = Field(
         default=None, ge=2, description="Context limit in tokens. Default: the model's."
@@ -35,14 +39,27 @@ class WorkerConfig(BaseModel):
         default=256, ge=1, le=4096, description="Sequences in one step at most."
     )
     max_num_batched_tokens: int | None = Field(
-        default=None, ge=1, description="Tokens in one step at most. Default on CPU: 128."
+        default=None,
+        ge=1,
+        description="Tokens in one step at most. Default: 8192 on a GPU, 128 on a CPU.",
     )
     block_size: int = Field(default=16, ge=1, le=256, description="Tokens in one KV block.")
     kv_cache_memory_bytes: int | None = Field(
-        default=None, ge=1, description="Memory of the KV cache. Default: up to 25 % of free."
+        default=None,
+        ge=1,
+        description="Memory of the KV cache. Default: what a GPU has left, 25 % of a CPU's free.",
     )
     kv_cache_memory_fraction: float = Field(
-        default=0.25, gt=0, le=1, description="Default KV cache: at most this share of free."
+        default=0.25, gt=0, le=1, description="Default KV cache on a CPU: this share of free."
+    )
+    gpu_memory_utilization: float = Field(
+        default=0.90, gt=0, le=1, description="Share of the GPU's memory that MILI may take."
+    )
+    enforce_eager: bool = Field(
+        default=False, description="Launch each kernel by itself, without CUDA graphs."
+    )
+    profile: Path | None = Field(
+        default=None, description="Folder to write a profiler's trace of the GPU worker to."
     )
     num_gpu_blocks_override: int | None = Field(
         default=None, ge=2, description="Number of KV blocks, whatever the memory."

@@ -36,6 +36,8 @@ CONNECTION_TIMEOUT = 5000
 # ZeroMQ gives an address up for good when the handshake fails there, and keeps to what a name once
 # resolved to: after so long without an answer, begin afresh.
 RECONNECT_SECONDS = 3.0
+# A signal may come to a thread that is not the main one, which then handles it when it next wakes.
+SIGNAL_SECONDS = 0.2
 # How long the last frames get when the worker ends.
 FAREWELL_SECONDS = 0.5
 
@@ -81,7 +83,10 @@ class Connection:
     def receive(self) -> Event:
         """Wait for the next event of the current epoch."""
         while True:
-            event = self._inbox.get()
+            try:
+                event = self._inbox.get(timeout=SIGNAL_SECONDS)
+            except queue.Empty:
+                continue
             if isinstance(event, Exception):
                 raise event
             if isinstance(event, Dismissed) or event.epoch == self._session.epoch:
@@ -105,6 +110,10 @@ class Connection:
     def stop(self, reason: str) -> None:
         """Let receive return Dismissed(reason) once what waits is received. Signal-safe."""
         self._inbox.put(Dismissed(reason))
+
+    def interrupt(self, error: Exception) -> None:
+        """Let receive raise the error once what waits is received."""
+        self._inbox.put(error)
 
     def close(self) -> None:
         """Send what is queued, as far as the router takes it soon, and end the thread."""

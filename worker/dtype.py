@@ -13,12 +13,24 @@ _BFLOAT16_FLAGS = frozenset({"amx_bf16", "avx512_bf16"})
 
 
 def choose_dtype(
-    asked: Literal["auto", "float32", "bfloat16"], cpuinfo: Path = Path("/proc/cpuinfo")
-) -> Literal["float32", "bfloat16"]:
-    """auto: bfloat16 where the CPU multiplies it, else float32."""
+    asked: Literal["auto", "float32", "bfloat16", "float16"],
+    device: Literal["cpu", "cuda"],
+    *,
+    cpuinfo: Path = Path("/proc/cpuinfo"),
+) -> Literal["float32", "bfloat16", "float16"]:
+    """auto: bfloat16 on a GPU and where the CPU multiplies it, else float32.
+
+    Raises ValueError for what the device's kernels do not compute.
+    """
+    if asked == "float16" and device == "cpu":
+        raise ValueError("--dtype float16 needs --device cuda: a CPU takes float32 or bfloat16")
+    if asked == "float32" and device == "cuda":
+        raise ValueError("--dtype float32 needs --device cpu: a GPU takes bfloat16 or float16")
     if asked != "auto":
         return asked
-    return "bfloat16" if _BFLOAT16_FLAGS & _cpu_flags(cpuinfo) else "float32"
+    if device == "cuda" or _BFLOAT16_FLAGS & _cpu_flags(cpuinfo):
+        return "bfloat16"
+    return "float32"
 
 
 def _cpu_flags(cpuinfo: Path) -> set[str]:

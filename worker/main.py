@@ -10,13 +10,21 @@ import gc
 import secrets
 import signal
 import socket
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Protocol
 
 import structlog
 
-from mili.hub.folder import ModelFolder, interface_sha256, read_model_folder, weights_sha256
+from mili.hub.folder import (
+    ModelFolder,
+    interface_sha256,
+    random_weights_sha256,
+    read_model_folder,
+    weights_sha256,
+)
 from mili.hub.resolve import resolve
 from mili.internal.v1.step_pb2 import (
     FAILURE_KIND_INTERNAL,
@@ -29,15 +37,17 @@ from mili.internal.v1.step_pb2 import (
     Hello,
     Ready,
     StepCommand,
-    StepResult,
     Welcome,
 )
+from mili.worker.completion import Completion, PendingStep, StepError, report_failure
 from mili.worker.config import WorkerConfig
 from mili.worker.connection import Connection
 from mili.worker.dtype import choose_dtype
 from mili.worker.health import HealthServer
 from mili.worker.progress import Progress
-from mili.worker.session import PROTOCOL, Command, Dismissed, Opened
+from mili.worker.session import PROTOCOL, Command, Dismissed, Event, Opened
+from mili.worker.startup import Startup
+from mili.worker.trace import write_trace
 from mili.worker.worker_keys import read_worker_keys
 
 log = structlog.get_logger()
@@ -48,6 +58,12 @@ EXIT_FAILED = 1
 EXIT_REFUSED = 78
 # The one reason in a Goodbye that is not a refusal.
 DRAIN = "drain"
+
+# Hardly anything here is garbage that only a collector finds; a collection may last many steps.
+GC_THRESHOLD = (50_000, 20, 50)
+# How long a thread may keep the others from running: a result must not wait for the next launch.
+SWITCH_SECONDS = 0.0005
+_NO_TRACE = nullcontext()
 
 
 class Runner(Protocol):
@@ -62,16 +78,12 @@ class Runner(Protocol):
     def reset(self) -> None:
         """Empty the table: a new epoch begins."""
 
-    def execute(self, command: StepCommand) -> StepResult:
-        """Execute one step."""
+    def start(self, command: StepCommand) -> PendingStep:
+        """Start one step, after those that were started before."""
 
 
 class Stopped(BaseException):
     """A signal came while the model was loading. No error: nothing on the way may catch it."""
-
-
-class StepError(Exception):
-    """A step failed, and was reported: the table cannot be trusted any more."""
 
 
 def run(config: WorkerConfig) -> int:
@@ -79,7 +91,8 @@ def run(config: WorkerConfig) -> int:
 
     Raises ValueError or OSError for a model, key or port that is not there or not right.
     """
-    folder = read_model_folder(resolve(config.model))
+    sys.setswitchinterval(SWITCH_SECONDS)
+    folder = read_model_folder(resolve(config.model), weights=config.load_format != "random")
     keys = read_worker_keys(config.worker_keys) if config.worker_keys else None
     health = HealthServer(config.health_port) if config.health_port else None
     progress = Progress()
@@ -93,14 +106,12 @@ def run(config: WorkerConfig) -> int:
     stop_on_signals(connection, progress)
 
     def load(welcome: Welcome) -> Runner:
-        # Takes seconds to import, which the router need not wait for.
-        from mili.worker.runner import ModelRunner
-
         blocks = {"num_gpu_blocks_override": welcome.num_blocks} if welcome.num_blocks else {}
-        return ModelRunner(folder, config.model_copy(update=blocks))
+        return load_runner(folder, config.model_copy(update=blocks))
 
+    trace = write_trace(config.profile) if config.profile else _NO_TRACE
     try:
-        return serve(connection, progress, load)
+        return serve(connection, progress, load, trace)
     finally:
         connection.close()
         if health:
@@ -109,8 +120,24 @@ def run(config: WorkerConfig) -> int:
         gc.freeze()
 
 
+def load_runner(folder: ModelFolder, config: WorkerConfig) -> Runner:
+    """Either runner takes seconds to import, which the router need not wait for."""
+    startup = Startup()
+    if config.device == "cuda":
+        with startup.phase("import"):
+            from mili.worker.cuda.runner import CudaRunner
+        return CudaRunner(folder, config, startup)
+    with startup.phase("import"):
+        from mili.worker.cpu.runner import CpuRunner
+    return CpuRunner(folder, config, startup)
+
+
 def make_hello(config: WorkerConfig, folder: ModelFolder) -> Hello:
-    dtype = choose_dtype(config.dtype)
+    dtype = choose_dtype(config.dtype, config.device)
+    if config.load_format == "random":
+        weights = random_weights_sha256(folder.config, config.device)
+    else:
+        weights = weights_sha256(folder)
     return Hello(
         protocol_min=PROTOCOL,
         protocol_max=PROTOCOL,
@@ -118,7 +145,7 @@ def make_hello(config: WorkerConfig, folder: ModelFolder) -> Hello:
         instance=secrets.token_hex(8),
         world_size=1,
         interface_sha256=interface_sha256(folder),
-        weights_sha256=weights_sha256(folder),
+        weights_sha256=weights,
         dtype=dtype,
         kv_dtype=dtype,
     )
@@ -142,15 +169,19 @@ def stop_on_signals(connection: Connection, progress: Progress) -> None:
     signal.signal(signal.SIGINT, stop)
 
 
-def serve(connection: Connection, progress: Progress, load: Callable[[Welcome], Runner]) -> int:
-    """Wait for the router, load the model, execute steps; returns the exit code."""
+def serve(
+    connection: Connection,
+    progress: Progress,
+    load: Callable[[Welcome], Runner],
+    trace: AbstractContextManager[None] = _NO_TRACE,
+) -> int:
+    """Wait for the router, load the model, execute steps within `trace`; returns the exit code."""
     try:
         event = connection.receive()
         if isinstance(event, Opened):
             runner = _load(connection, progress, load, event.welcome)
-            while not isinstance(event, Dismissed):
-                _handle(event, connection, progress, runner)
-                event = connection.receive()
+            with trace:
+                event = _step(event, connection, progress, runner)
     except Stopped:
         event = Dismissed(DRAIN)
     except StepError:
@@ -174,6 +205,10 @@ def _load(
         runner = load(welcome)
         progress.enter(WORKER_PHASE_WARMING)
         runner.warm_up()
+        # What lives now lives to the end: the collector would stop the steps to look at it.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLD)
     except ValueError as error:
         _fail(connection, FAILURE_KIND_REFUSED, str(error))
         raise
@@ -183,30 +218,32 @@ def _load(
     return runner
 
 
-def _handle(
-    event: Opened | Command, connection: Connection, progress: Progress, runner: Runner
-) -> None:
-    match event:
-        case Opened(epoch):
-            runner.reset()
-            progress.restart()
-            connection.send(epoch, runner.ready())
-        case Command(epoch, command):
-            progress.start(command.step)
-            try:
-                result = runner.execute(command)
-            except Exception as error:
-                log.exception("step failed", step=command.step)
-                message = f"{type(error).__name__} in step {command.step}"
-                _fail(connection, FAILURE_KIND_INTERNAL, message, command.step)
-                raise StepError from error
-            progress.finish(command.step)
-            connection.send(epoch, result)
-    if not connection.has_waiting:
-        progress.enter(WORKER_PHASE_IDLE)
+def _step(event: Event, connection: Connection, progress: Progress, runner: Runner) -> Dismissed:
+    """Start steps as they come, until the router or a signal ends it. Raises StepError."""
+    completion = Completion(connection, progress)
+    try:
+        while not isinstance(event, Dismissed):
+            match event:
+                case Opened(epoch):
+                    completion.wait()
+                    runner.reset()
+                    progress.restart()
+                    connection.send(epoch, runner.ready())
+                    progress.enter(WORKER_PHASE_IDLE)
+                case Command(epoch, command):
+                    progress.start(command.step)
+                    try:
+                        pending = runner.start(command)
+                    except Exception as error:
+                        raise report_failure(connection, command, error) from error
+                    completion.put(epoch, command, pending)
+            event = connection.receive()
+    finally:
+        completion.close()
+    return event
 
 
-def _fail(connection: Connection, kind: FailureKind.ValueType, message: str, step: int = 0) -> None:
+def _fail(connection: Connection, kind: FailureKind.ValueType, message: str) -> None:
     """Tell the router, which would otherwise have to notice the silence."""
-    failure = Failure(kind=kind, message=message, step=step)
+    failure = Failure(kind=kind, message=message)
     connection.send(connection.epoch, failure)

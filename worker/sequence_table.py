@@ -50,25 +50,25 @@ class SequenceTable:
         self.num_computed = np.zeros(max_rows, np.int64)
         self.faulted = np.zeros(max_rows, np.bool_)
         self.sampling = [Sampling()] * max_rows
+        # [blocks of the last command, 3]: row, index in the row's table, block.
+        self.appended = np.zeros((0, 3), np.int32)
 
     def reset(self) -> None:
         """Forget every row: none is admitted any more."""
         self.num_known[:] = 0
         self.faulted[:] = False
 
-    def apply(self, command: StepCommand) -> None:
+    def apply(self, command: StepCommand) -> tuple[IntArray, IntArray, IntArray]:
         """Take over the command's admissions and blocks, and check its rows. Raises CommandError.
 
-        A row that is faulted is not checked: the router may have sent commands for it before it
-        could know.
+        Returns the command's rows, starts and counts, [rows] each. A row that is faulted is not
+        checked: the router may have sent commands for it before it could know.
         """
         _require(not command.copies, "block copies are not supported")
         for admission in command.admissions:
             self._admit(admission)
-        _require(len(command.block_rows) == len(command.block_ids), "block columns differ")
-        for row, block in zip(command.block_rows, command.block_ids, strict=True):
-            self._append_block(row, block)
-        self._check(command.rows, command.starts, command.num_tokens)
+        self._append_blocks(command.block_rows, command.block_ids)
+        return self._check(command.rows, command.starts, command.num_tokens)
 
     def _admit(self, admission: Admission) -> None:
         row = admission.row
@@ -98,19 +98,33 @@ class SequenceTable:
         self.faulted[row] = False
         self.sampling[row] = admission.sampling
 
-    def _append_block(self, row: int, block: int) -> None:
-        _require(0 < row < len(self.num_known), f"there is no row {row}")
-        _require(0 < block < self._num_blocks, f"there is no block {block}")
-        index = self.num_blocks[row]
-        _require(index < self.block_table.shape[1], f"row {row} has too many blocks")
-        self.block_table[row, index] = block
-        self.num_blocks[row] = index + 1
+    def _append_blocks(self, block_rows: Sequence[int], block_ids: Sequence[int]) -> None:
+        _require(len(block_rows) == len(block_ids), "block columns differ")
+        rows, blocks = np.array(block_rows, np.int64), np.array(block_ids, np.int64)
+        if not len(rows):
+            self.appended = np.zeros((0, 3), np.int32)
+            return
+        _require_range(rows, len(self.num_known), "row")
+        _require_range(blocks, self._num_blocks, "block")
+        # Stable: the blocks of a row stay in order.
+        order = np.argsort(rows, kind="stable")
+        rows, blocks = rows[order], blocks[order]
+        first = np.flatnonzero(np.diff(rows, prepend=-1))  # of each row
+        counts = np.diff(first, append=len(rows))
+        indices = self.num_blocks[rows] + np.arange(len(rows)) - np.repeat(first, counts)
+        _require(indices.max() < self.block_table.shape[1], "a row has too many blocks")
+        self.block_table[rows, indices] = blocks
+        self.num_blocks[rows[first]] += counts
+        self.appended = np.stack((rows, indices, blocks), axis=1).astype(np.int32)
 
-    def _check(self, row_ids: Sequence[int], first: Sequence[int], counts: Sequence[int]) -> None:
-        _require(len(row_ids) == len(first) == len(counts), "row columns differ")
+    def _check(
+        self, row_ids: Sequence[int], first: Sequence[int], num_tokens: Sequence[int]
+    ) -> tuple[IntArray, IntArray, IntArray]:
+        _require(len(row_ids) == len(first) == len(num_tokens), "row columns differ")
         _require(len(set(row_ids)) == len(row_ids), "a row is named twice")
         rows, starts = np.array(row_ids, np.int64), np.array(first, np.int64)
-        ends = starts + np.array(counts, np.int64)
+        counts = np.array(num_tokens, np.int64)
+        ends = starts + counts
         _require(not len(rows) or 0 < rows.min() <= rows.max() < len(self.num_known), "no such row")
         computed = self.num_computed[rows]
         wrong = (
@@ -128,13 +142,26 @@ class SequenceTable:
                 f"{computed[index]} computed, {self.num_known[row]} known tokens and "
                 f"{self.num_blocks[row]} blocks"
             )
+        return rows, starts, counts
 
     def append_tokens(self, rows: IntArray, token_ids: IntArray) -> None:
         """Append each row's sampled token to what it knows."""
         self.token_ids[rows, self.num_known[rows]] = token_ids
         self.num_known[rows] += 1
 
+    def advance(self, rows: IntArray, ends: IntArray, samples: npt.NDArray[np.bool_]) -> None:
+        """The step that computes `rows` up to `ends` was launched; those of `samples`, [rows],
+        will know one token more, which stays where it was sampled."""
+        self.num_computed[rows] = ends
+        self.num_known[rows[samples]] += 1
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise CommandError(message)
+
+
+def _require_range(ids: IntArray, end: int, what: str) -> None:
+    """Id 0 is the null row's or the null block's."""
+    wrong = ids[(ids <= 0) | (ids >= end)]
+    _require(not len(wrong), f"there is no {what} {wrong[0] if len(wrong) else 0}")

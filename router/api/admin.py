@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from mili.router.api.model import ServedModel
+from mili.router.api.model import ServedModel, revision
 from mili.router.api.status import Context, duration, unsupported_method
 from mili.router.worker_group import WorkerState
 from mili.v1 import admin_pb2 as pb
@@ -20,7 +20,10 @@ from mili.v1 import admin_pb2_grpc
 
 
 class WorkerStatus(NamedTuple):
-    """One worker process. The KV counts and the running sequences are its group's."""
+    """One worker process. The KV counts and the running sequences are its group's.
+
+    startup_phases: name and seconds, in order.
+    """
 
     name: str
     instance_id: str
@@ -34,6 +37,8 @@ class WorkerStatus(NamedTuple):
     group: str
     rank: int
     world_size: int
+    weights_sha256: bytes
+    startup_phases: Sequence[tuple[str, float]]
 
 
 class ServerInfo(NamedTuple):
@@ -64,18 +69,14 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
             version=version("mili"),
             instance_id=self._info.instance_id,
             start_time=_timestamp(self._info.start_time),
-            startup_phases=[
-                pb.StartupPhase(name=name, duration=duration(seconds))
-                for name, seconds in self._info.startup_phases
-            ],
+            startup_phases=_phases(self._info.startup_phases),
+            workers=self._describe_workers(),
         )
 
     async def ListWorkers(  # noqa: N802
         self, request: pb.ListWorkersRequest, context: Context
     ) -> pb.ListWorkersResponse:
-        return pb.ListWorkersResponse(
-            workers=[self._describe(worker) for worker in self._list_workers()]
-        )
+        return pb.ListWorkersResponse(workers=self._describe_workers())
 
     def WatchLoad(  # noqa: N802
         self, request: pb.WatchLoadRequest, context: Context
@@ -112,13 +113,22 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     ) -> pb.FlushCacheResponse:
         raise unsupported_method("AdminService.FlushCache")
 
+    def _describe_workers(self) -> list[pb.Worker]:
+        return [self._describe(worker) for worker in self._list_workers()]
+
     def _describe(self, worker: WorkerStatus) -> pb.Worker:
         fields = worker._asdict()
+        fields["model_revision"] = revision(fields.pop("weights_sha256"))
+        fields["startup_phases"] = _phases(worker.startup_phases)
         fields["state"] = pb.WorkerState.ValueType(worker.state)
         fields["last_heartbeat"] = _timestamp(datetime.fromtimestamp(worker.last_heartbeat, UTC))
         age = worker.last_step_age
         fields["last_step_age"] = None if age is None else duration(age)
-        return pb.Worker(model=self._model.name, model_revision=self._model.revision, **fields)
+        return pb.Worker(model=self._model.name, **fields)
+
+
+def _phases(phases: Sequence[tuple[str, float]]) -> list[pb.StartupPhase]:
+    return [pb.StartupPhase(name=name, duration=duration(seconds)) for name, seconds in phases]
 
 
 def _timestamp(moment: datetime) -> Timestamp:

@@ -25,6 +25,10 @@ class Engine(Protocol):
     def block_size(self) -> int:
         """Tokens in a KV block; 0 while no worker serves."""
 
+    @property
+    def weights_sha256(self) -> bytes:
+        """The weights that the workers serve; empty while none does."""
+
     def submit(self, request_id: str, params: GenerationParams) -> None:
         """Start a request; raise RequestError when it cannot be taken."""
 

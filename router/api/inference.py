@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from mili.router.api.engine import Engine
 from mili.router.api.events import Answering, stream_events, whole_response
 from mili.router.api.generation import Defaults, check_generation, to_params
-from mili.router.api.model import ServedModel
+from mili.router.api.model import ServedModel, revision
 from mili.router.api.prompt import PromptReader, TextThreads
 from mili.router.api.status import Context, NotFoundError, unsupported_method
 from mili.router.api.streams import Stream, Streams
@@ -95,7 +95,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         stream = self._streams.open(_request_id(request.request_id), whole=whole)
         try:
             limit = self._engine.context_limit
-            prompt = await self._threads.run(self._prompts.read, generation, limit)
+            if self._prompts.is_quick(generation):
+                prompt = self._prompts.read(generation, limit)
+            else:
+                prompt = await self._threads.run(self._prompts.read, generation, limit)
             # Asked for again: a worker with less room may have come in the meantime.
             params = to_params(generation, prompt, self._engine.context_limit, self._defaults)
             self._streams.submit(stream, params)
@@ -104,7 +107,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 Answering(
                     request_id=stream.request_id,
                     model=self._model.name,
-                    model_revision=self._model.revision,
+                    model_revision=revision(self._engine.weights_sha256),
                     instance_id=self._instance_id,
                     seed=params.sampling.seed,
                     options=generation.output,

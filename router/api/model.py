@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
-from mili.hub.folder import ModelFolder, weights_sha256
+from mili.hub.folder import ModelFolder
 from mili.router.api.engine import Engine
 from mili.router.api.status import Context, NotFoundError
 from mili.router.api.supported import check_supported
@@ -23,12 +23,11 @@ _REVISION_DIGITS = 16
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The one model of this router. Reads its weight files' hashes when it is made."""
+    """The one model of this router."""
 
     folder: ModelFolder
     name: str
     aliases: tuple[str, ...]
-    revision: str
     tokenizer_sha256: str
     chat_template_sha256: str
 
@@ -46,7 +45,6 @@ class ServedModel:
             folder=folder,
             name=name,
             aliases=tuple(aliases),
-            revision=weights_sha256(folder).hex()[:_REVISION_DIGITS],
             tokenizer_sha256=tokenizer.tokenizer_sha256,
             chat_template_sha256=template.sha256,
         )
@@ -55,6 +53,11 @@ class ServedModel:
         """Raise NotFoundError for a name that is not this model's; empty means the only one."""
         if name and name != self.name and name not in self.aliases:
             raise NotFoundError(Reason.MODEL_NOT_FOUND, "model", name, field=field)
+
+
+def revision(weights_sha256: bytes) -> str:
+    """Return what callers see of the weights; empty while no worker serves any."""
+    return weights_sha256.hex()[:_REVISION_DIGITS]
 
 
 class ModelService(model_pb2_grpc.ModelServiceServicer):
@@ -89,7 +92,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         return pb.Model(
             name=self._model.name,
             aliases=self._model.aliases,
-            revision=self._model.revision,
+            revision=revision(self._engine.weights_sha256),
             architecture=folder.architecture,
             dtype=folder.dtype,
             max_context_tokens=self._engine.context_limit,

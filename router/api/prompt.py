@@ -27,6 +27,8 @@ _T = TypeVar("_T")
 # normalizer may shrink text: NFC to less than half. A whole context of tokens longer than 64
 # bytes, runs of spaces, is no prompt.
 _NORMALIZER_SLACK = 4
+# Token ids that are copied in less time than a thread takes to wake.
+_FEW_IDS = 2048
 _MAX_BYTES_PER_TOKEN = 64
 _MIN_TEXT_BYTES = 64 * 1024
 _MIN_TRUNCATED_BYTES = 1024 * 1024
@@ -74,6 +76,11 @@ class PromptReader:
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate) -> None:
         self._tokenizer = tokenizer
         self._template = template
+
+    def is_quick(self, generation: pb.Generation) -> bool:
+        """Whether `read` takes less time than the way to a thread and back."""
+        ids = generation.token_ids.ids
+        return 0 < len(ids) <= _FEW_IDS and not generation.stopping.stop_sequences
 
     def read(self, generation: pb.Generation, context_limit: int) -> list[int]:
         """Return the prompt's token ids, truncated where the caller asks for it.

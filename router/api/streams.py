@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from mili.router.api.engine import Engine
+from mili.router.api.pacing import Pacer
 from mili.router.errors import Reason, RequestError
 from mili.router.request import (
     Finish,
@@ -49,7 +50,8 @@ class Stream:
         self.request_id = request_id
         self.submitted = False
         self.finished: Finished | None = None
-        self._whole = whole
+        self.whole = whole
+        self.due = 0.0  # not woken before that time of the loop
         self._started: Started | None = None
         self._texts: list[str] = []
         self._token_ids: list[int] = []
@@ -66,12 +68,15 @@ class Stream:
         if output.text:
             self._texts.append(output.text)
         self.finished = output.finished
-        if self.finished is not None or not self._whole:
-            self._wake.set()
+
+    def wake(self) -> None:
+        """Let the reader take what there is."""
+        self._wake.set()
 
     def end(self, finish: Finish) -> None:
         """End the stream without the engine."""
         self.put(RequestOutput("", finished=Finished(finish, _NOTHING_USED, _NO_TIME)))
+        self.wake()
 
     async def take(self) -> Gathered:
         """Wait for output, and return all of it."""
@@ -97,6 +102,7 @@ class Streams:
         self._engine = engine
         self._live: dict[str, Stream] = {}
         self._ended: dict[str, None] = {}  # oldest first
+        self._pacer = Pacer()
         self._draining = False
         self._empty = asyncio.Event()
         self._empty.set()
@@ -126,10 +132,16 @@ class Streams:
         """Take the engine's outputs of one step; a stream's last one ends its id's life."""
         for output in outputs:
             stream = self._live.get(output.request_id)
-            if stream is not None:
-                stream.put(output)
-                if output.finished is not None:
-                    self._forget(stream)
+            if stream is None:
+                continue
+            stream.put(output)
+            if output.finished is not None:
+                self._forget(stream)
+            if output.finished is not None or not stream.whole:
+                # The first token and the end do not wait for their turn.
+                urgent = output.finished is not None or output.first_token_index == 0
+                self._pacer.add(stream, urgent=urgent)
+        self._pacer.wake_due(len(self._live))
 
     def cancel(self, request_id: str) -> bool:
         """End a request; return False when it had ended, raise KeyError for an unknown id."""

@@ -230,6 +230,7 @@ async def test_the_server(admin: aio.Channel, api: Api) -> None:
     assert server.version == version("mili")
     assert server.instance_id == api[0].instance_id
     assert abs(server.start_time.ToDatetime().timestamp() - time.time()) < 24 * 3600
+    assert not server.workers
     (phase,) = server.startup_phases
     assert (phase.name, phase.duration.nanos) == ("read model", 250_000_000)
 
@@ -250,6 +251,8 @@ async def test_the_workers(admin: aio.Channel, api: Api) -> None:
         group="g",
         rank=1,
         world_size=2,
+        weights_sha256=bytes([171] * 32),
+        startup_phases=[("load weights", 12.5), ("capture graphs", 3)],
     )
     api[1].known_workers = [status, status._replace(name="w1", last_step_age=1.5)]
     first, second = (await stub.ListWorkers(admin_pb2.ListWorkersRequest())).workers
@@ -257,10 +260,14 @@ async def test_the_workers(admin: aio.Channel, api: Api) -> None:
     assert first.last_heartbeat.ToMilliseconds() == 1_700_000_000_500
     assert (first.kv_blocks_total, first.kv_blocks_free, first.kv_blocks_cached) == (9, 5, 3)
     assert first.model == "tiny"
-    assert first.model_revision
+    assert first.model_revision == "ab" * 8
+    phases = [(phase.name, phase.duration.ToMilliseconds()) for phase in first.startup_phases]
+    assert phases == [("load weights", 12_500), ("capture graphs", 3000)]
     assert (first.group, first.rank, first.world_size) == ("g", 1, 2)
     assert not first.HasField("last_step_age")
     assert second.last_step_age.ToMilliseconds() == 1500
+    server = await stub.GetServer(admin_pb2.GetServerRequest())
+    assert list(server.workers) == [first, second], "GetServer tells how each worker started"
 
 
 async def test_operators_methods_are_not_public(public: aio.Channel) -> None:

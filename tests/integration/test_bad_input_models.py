@@ -18,6 +18,10 @@ def cut_weights(folder: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
 
 
+def remove_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
 def rename_architecture(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["architectures"] = ["MambaForCausalLM"]
@@ -28,6 +32,7 @@ def rename_architecture(folder: Path) -> None:
     ("spoil", "problem"),
     [
         (cut_weights, "the file was cut short or damaged, pull the model again"),
+        (remove_weights, "has no *.safetensors: pull the model again, or convert its weights"),
         (rename_architecture, "architecture 'MambaForCausalLM' in config.json is not supported"),
     ],
 )

@@ -53,7 +53,8 @@ def test_the_wheel_holds_every_file_of_the_tree(wheel: Path) -> None:
         f"{package}/{path.relative_to(ROOT / room)}"
         for room, package in ROOMS.items()
         for path in (ROOT / room).rglob("*")
-        if path.suffix in (".py", ".pyi", ".proto") and "__pycache__" not in path.parts
+        if path.suffix in (".py", ".pyi", ".proto", ".cu", ".cuh")
+        and "__pycache__" not in path.parts
     }
     assert packed == expected
 

@@ -77,9 +77,9 @@ async def test_sigterm_lets_running_streams_end(model: Path, tmp_path: Path) -> 
 
 
 async def test_streams_that_outlast_the_drain_timeout_are_told(model: Path, tmp_path: Path) -> None:
-    flags = ("--workers", "2", "--drain-timeout", "0.2")
+    environment = {**STEADY, "MILI_DRAIN_TIMEOUT": "0.2"}
     with (
-        serving(model, tmp_path / "log", *flags, **STEADY) as served,
+        serving(model, tmp_path / "log", "--workers", "2", **environment) as served,
         family(served) as children,
     ):
         async with AsyncClient(served.address) as client:

@@ -29,6 +29,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 class Shape(NamedTuple):
@@ -52,7 +53,7 @@ class Shape(NamedTuple):
 # GQA ratios 1, 3, 5 and 8; each family tied and untied, with heads of 64 and of 128.
 SHAPES = (
     Shape("qwen3", 3, 3, 64, tie=True, hidden_size=88, block_size=16, chunk=128),
-    Shape("qwen3", 10, 2, 128, tie=False, hidden_size=160, block_size=8, chunk=16),
+    Shape("qwen3", 10, 2, 128, False, hidden_size=160, block_size=8, chunk=16, rope_scaling=YARN),
     Shape("qwen2", 6, 2, 64, tie=False, hidden_size=384, block_size=1, chunk=33),
     Shape("qwen2", 8, 1, 128, tie=True, hidden_size=72, block_size=32, chunk=64),
     Shape("llama", 8, 1, 64, False, hidden_size=120, block_size=5, chunk=50, rope_scaling=LLAMA3),

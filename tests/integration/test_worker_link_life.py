@@ -17,6 +17,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mili.internal.v1 import step_pb2 as pb
 from mili.router.config import RouterConfig
+from mili.worker.completion import DoneStep
 from mili.worker.connection import Connection
 from mili.worker.health import HealthServer
 from mili.worker.main import Runner, serve
@@ -81,9 +82,9 @@ class HangingRunner(EchoRunner):
         self.released = threading.Event()
         self.executed: list[int] = []
 
-    def execute(self, command: pb.StepCommand) -> pb.StepResult:
+    def start(self, command: pb.StepCommand) -> DoneStep:
         self.executed.append(command.step)
-        result = super().execute(command)
+        result = super().start(command)
         if command.step == 2:
             self.released.wait(20)
         return result

@@ -44,6 +44,25 @@ async def test_outputs_gather_until_they_are_taken(streams: Streams, engine: Fak
     assert len(streams) == 0
 
 
+async def test_with_many_streams_a_reader_is_woken_less_often(
+    streams: Streams, engine: FakeEngine
+) -> None:
+    many = [streams.open(str(number), whole=False) for number in range(400)]
+    stream = many[0]
+    streams.submit(stream, PARAMS)
+    engine.step()
+    first = await asyncio.wait_for(stream.take(), 1)
+    assert first.token_ids == [0]  # at once, and so is what follows the start
+    reader = asyncio.create_task(stream.take())
+    engine.step()
+    engine.step()
+    await asyncio.sleep(0)
+    assert not reader.done()
+    assert (await asyncio.wait_for(reader, 1)).token_ids == [1, 2]  # nobody has to come for it
+    engine.step()
+    assert (await asyncio.wait_for(stream.take(), 1)).finished is not None
+
+
 async def test_a_reader_of_the_whole_sleeps_to_the_end(
     streams: Streams, engine: FakeEngine
 ) -> None:

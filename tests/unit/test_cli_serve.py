@@ -85,7 +85,7 @@ def test_a_child_shows_the_settings_that_serve_gave_it(monkeypatch: pytest.Monke
     for name in ("worker_link", "port"):
         assert rows[name][0] == str(getattr(router, name))
         assert rows[name][1:] == ["environment", variable(name)]
-    assert rows["pipeline_depth"] == ["2", "default"]
+    assert rows["worker_timeout"] == ["1.0", "default"]
 
 
 def test_a_model_keeps_the_name_it_was_called_by(

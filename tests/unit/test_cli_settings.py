@@ -46,7 +46,7 @@ def test_flag_beats_environment_beats_file_beats_default(
     assert rows["port"] == ("3001", "flag --port")
     assert rows["host"] == ("env-host", "environment MILI_HOST")
     assert rows["admin_port"] == ("1002", f"file {file}")
-    assert rows["pipeline_depth"] == ("2", "default")
+    assert rows["worker_timeout"] == ("1.0", "default")
 
 
 def test_a_flag_with_the_default_value_is_still_given(
@@ -90,7 +90,7 @@ def test_lists_come_from_repeated_flags_commas_and_toml(
         (
             ["worker", "m"],
             {"MILI_DTYPE": "int4"},
-            "dtype = int4 (from environment MILI_DTYPE): must be auto, float32 or bfloat16",
+            "dtype = int4 (from environment MILI_DTYPE): must be auto, float32, bfloat16 or",
         ),
         (
             ["router", "m"],

@@ -22,6 +22,8 @@ CONTEXT_LIMIT = 40
 class FakeGroup:
     """A worker group of one: executes at once, answers when told to."""
 
+    weights_sha256 = b"w" * 32
+
     def __init__(self, name: str, num_blocks: int = 24, block_size: int = 2) -> None:
         self.name = name
         self.limits = Limits(
@@ -137,10 +139,12 @@ def test_a_request_is_told_its_start_its_tokens_and_its_end() -> None:
     assert finished.usage.completion_tokens == 10
     assert (finished.timing.queue, finished.timing.total) == (0.0, 2.0)
     assert harness.engine.num_live == 0
+    assert harness.engine.weights_sha256 == FakeGroup.weights_sha256
 
 
 def test_without_a_worker_a_request_is_refused_with_a_time_to_retry() -> None:
     harness = Harness(1)
+    assert harness.engine.weights_sha256 == b""
     with pytest.raises(RequestError) as refused:
         harness.engine.submit("a", params(LONG))
     assert refused.value.reason == Reason.NO_WORKERS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.numpy import save_file
 from mili.hub.folder import (
     ModelFolderError,
     interface_sha256,
+    random_weights_sha256,
     read_model_folder,
     weights_sha256,
 )
@@ -25,6 +27,12 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": 7,
     "dtype": "bfloat16",
 }
+
+
+def safetensors(shape: list[int], begin: int, end: int) -> bytes:
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    header = json.dumps({"a": entry}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(end)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -140,6 +148,8 @@ def test_a_truncated_file_is_an_error_with_both_sizes(folder: Path, missing: int
         (b"\x02\0\0\0\0\0\0\0[]", "unreadable safetensors header"),
         (b"\x02\0\0\0\0\0\0\0{x", "unreadable safetensors header"),
         (b'\x08\0\0\0\0\0\0\0{"a": 1}', "unreadable safetensors header"),
+        (safetensors([5], 0, 16), r"has 16 bytes for a, F32 \[5\]"),
+        (safetensors([5], -8, 12), r"has 20 bytes for a, F32 \[5\]"),
     ],
 )
 def test_what_is_not_safetensors(folder: Path, contents: bytes, problem: str) -> None:
@@ -160,6 +170,26 @@ def test_a_missing_file_is_named(folder: Path, file: str, problem: str) -> None:
     (folder / file).unlink()
     with pytest.raises(ModelFolderError, match=problem):
         read_model_folder(folder)
+
+
+def test_a_folder_without_weights_is_enough_for_who_needs_none(folder: Path) -> None:
+    whole = read_model_folder(folder)
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    assert read_model_folder(folder, weights=False) == replace(whole, weight_files=())
+    (folder / "model.safetensors").unlink()
+    assert read_model_folder(folder, weights=False) == replace(whole, weight_files=())
+
+
+def test_random_weights_have_a_name_too() -> None:
+    names = {
+        random_weights_sha256(CONFIG, "cuda"),
+        random_weights_sha256(CONFIG, "cpu"),
+        random_weights_sha256(CONFIG, "cpu", seed=1),
+        random_weights_sha256(CONFIG | {"vocab_size": 301}, "cpu"),
+    }
+    assert len(names) == 4
+    assert {len(name) for name in names} == {32}
+    assert random_weights_sha256(dict(CONFIG), "cpu", seed=0) in names
 
 
 def test_no_folder(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mili.worker.batch import make_batch
-from mili.worker.kv_cache import KVCache
+from mili.worker.cpu.batch import make_batch
+from mili.worker.cpu.kv_cache import KVCache
 from mili.worker.models.config import DecoderConfig
 from mili.worker.models.rope import Rope
 from mili.worker.sequence_table import SequenceTable

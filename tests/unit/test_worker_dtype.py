@@ -1,4 +1,4 @@
-"""What "auto" chooses, by what the kernel says of the CPU."""
+"""What "auto" chooses, by what the kernel says of the CPU; what a device cannot compute."""
 
 from __future__ import annotations
 
@@ -25,10 +25,19 @@ def test_auto_is_bfloat16_where_the_cpu_multiplies_it(
     cpuinfo.write_text(
         f"processor\t: 0\nflags\t\t: {flags}\n\nprocessor\t: 1\nflags\t\t: amx_bf16\n"
     )
-    assert choose_dtype("auto", cpuinfo) == dtype
-    assert choose_dtype("float32", cpuinfo) == "float32"
-    assert choose_dtype("bfloat16", cpuinfo) == "bfloat16"
+    assert choose_dtype("auto", "cpu", cpuinfo=cpuinfo) == dtype
+    assert choose_dtype("float32", "cpu", cpuinfo=cpuinfo) == "float32"
+    assert choose_dtype("bfloat16", "cpu", cpuinfo=cpuinfo) == "bfloat16"
+    assert choose_dtype("auto", "cuda", cpuinfo=cpuinfo) == "bfloat16"
 
 
 def test_auto_is_float32_where_nothing_is_known(tmp_path: Path) -> None:
-    assert choose_dtype("auto", tmp_path / "missing") == "float32"
+    assert choose_dtype("auto", "cpu", cpuinfo=tmp_path / "missing") == "float32"
+
+
+def test_a_device_that_cannot_compute_it_says_which_can() -> None:
+    assert choose_dtype("float16", "cuda") == "float16"
+    with pytest.raises(ValueError, match="float16 needs --device cuda"):
+        choose_dtype("float16", "cpu")
+    with pytest.raises(ValueError, match="float32 needs --device cpu"):
+        choose_dtype("float32", "cuda")

@@ -9,9 +9,9 @@ import psutil
 import pytest
 import torch
 
-from mili.worker import kv_cache
+from mili.worker.cpu import kv_cache
 from mili.worker.config import WorkerConfig
-from mili.worker.kv_cache import KVCache, count_blocks
+from mili.worker.cpu.kv_cache import KVCache, count_blocks
 from mili.worker.models.config import DecoderConfig
 from mili.worker.models.rope import Rope
 
@@ -46,7 +46,7 @@ def test_by_default_no_more_than_is_useful(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_too_little_memory_says_what_to_change() -> None:
-    with pytest.raises(ValueError, match=r"room for 1 blocks .*raise --kv-cache-memory-bytes"):
+    with pytest.raises(ValueError, match=r"room for 1 blocks .*raise MILI_KV_CACHE_MEMORY_BYTES"):
         count(kv_cache_memory_bytes=2 * BLOCK_BYTES - 1)
 
 

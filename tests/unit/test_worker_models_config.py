@@ -12,7 +12,14 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mili.hub.errors import ModelFolderError
 from mili.worker.models.config import read_decoder_config
-from mili.worker.models.rope import LinearScaling, Llama3Scaling, Rope, inverse_frequencies
+from mili.worker.models.rope import (
+    LinearScaling,
+    Llama3Scaling,
+    Rope,
+    YarnScaling,
+    attention_factor,
+    inverse_frequencies,
+)
 
 LLAMA3 = {
     "factor": 8.0,
@@ -20,6 +27,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "hidden_act": "silu",
@@ -51,6 +59,10 @@ def test_an_older_config() -> None:
         ({"rope_type": "default"}, None),
         ({"rope_type": "llama3"} | LLAMA3, Llama3Scaling(8.0, 1.0, 4.0, 8192)),
         ({"type": "linear", "factor": 2}, LinearScaling(2.0)),
+        (
+            YARN | {"attention_factor": 1.5, "truncate": False, "beta_slow": None},
+            YarnScaling(4.0, 32768, 32.0, 1.0, False, 1.5),
+        ),
     ],
 )
 def test_both_layouts_of_rope(settings: dict[str, Any], scaling: object) -> None:
@@ -69,6 +81,30 @@ def test_scaled_frequencies_equal_transformers(head_dim: int, kind: str) -> None
     expected, _ = ROPE_INIT_FUNCTIONS[kind](oracle, torch.device("cpu"))
     rope = read_decoder_config(LLAMA | {"head_dim": 64, "rope_parameters": parameters}).rope
     torch.testing.assert_close(inverse_frequencies(rope, head_dim), expected, rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("theta", [10_000.0, 1_000_000.0])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"factor": 40.0, "mscale": 0.7, "mscale_all_dim": 1.2},
+        {"mscale": 0.7},
+        {"attention_factor": 1.25},
+        {"beta_fast": 12.5, "beta_slow": 2, "truncate": False},
+        {"beta_fast": 3.0, "beta_slow": 3.0, "truncate": False},
+        {"factor": 1.0, "original_max_position_embeddings": 64},
+    ],
+)
+def test_yarn_equals_transformers(head_dim: int, theta: float, change: dict[str, Any]) -> None:
+    parameters = YARN | {"rope_theta": theta} | change
+    oracle = transformers.Qwen3Config(head_dim=head_dim, rope_parameters=dict(parameters))
+    expected, factor = ROPE_INIT_FUNCTIONS["yarn"](oracle, torch.device("cpu"))
+    rope = read_decoder_config(LLAMA | {"rope_parameters": parameters}).rope
+    torch.testing.assert_close(inverse_frequencies(rope, head_dim), expected, rtol=5e-7, atol=0)
+    assert attention_factor(rope) == pytest.approx(factor)
+    assert (factor == 1.0) is (change.get("factor") == 1.0)
 
 
 def test_plain_frequencies() -> None:
@@ -96,7 +132,13 @@ def test_plain_frequencies() -> None:
         ({"rms_norm_eps": None}, "rms_norm_eps .* None"),
         ({"rope_theta": None}, "'rope_theta'"),
         ({"rope_theta": -1}, "rope_theta .* -1"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type 'yarn'"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling.rope_type 'longrope'"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "rope_scaling.original_max_position_embeddings .* None",
+        ),
+        ({"rope_scaling": YARN | {"beta_fast": -1}}, "rope_scaling.beta_fast .* -1"),
+        ({"rope_scaling": YARN | {"truncate": 1}}, "rope_scaling.truncate .* 1"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_scaling.factor .* None"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.factor .* None"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),

@@ -9,10 +9,7 @@ import pytest
 import torch
 import transformers
 
-from mili.hub.folder import read_model_folder
 from mili.internal.v1.step_pb2 import Sampling
-from mili.worker.config import WorkerConfig
-from mili.worker.runner import ModelRunner
 from tests.model_folders import make_model_folder
 from tests.step_driver import StepDriver
 
@@ -195,4 +192,4 @@ def test_ready_and_warm_up(folder: Path) -> None:
 
 def test_context_beyond_the_models_own_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"--max-model-len 2000 is more than .* 1024 tokens"):
-        ModelRunner(read_model_folder(folder), WorkerConfig(model="m", max_model_len=2000))
+        StepDriver(folder, max_model_len=2000)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from structlog.testing import capture_logs
 
 from mili.hub.errors import ModelFolderError
 from mili.hub.folder import read_model_folder
+from mili.worker import tensor_reader
+from mili.worker.cpu.decoder import Decoder
 from mili.worker.models.config import read_decoder_config
-from mili.worker.models.decoder import Decoder
 from mili.worker.models.rope import inverse_frequencies
+from mili.worker.tensor_reader import HostReader, StagedReader, TensorReader
 from mili.worker.weights import Checkpoint
 from tests.model_folders import Family, make_model_folder
 
@@ -22,8 +27,8 @@ Weights = dict[str, torch.Tensor]
 
 def load(path: Path) -> Checkpoint:
     folder = read_model_folder(path)
-    checkpoint = Checkpoint(folder.weight_files, torch.float32)
-    Decoder(read_decoder_config(folder.config), checkpoint)
+    with Checkpoint(folder.weight_files, torch.float32) as checkpoint:
+        Decoder(read_decoder_config(folder.config), checkpoint)
     return checkpoint
 
 
@@ -97,6 +102,94 @@ def test_a_tensor_in_two_files(tmp_path: Path) -> None:
     path = make_model_folder(tmp_path) / "model.safetensors"
     with pytest.raises(ModelFolderError, match="repeats"):
         Checkpoint([path, path], torch.float32)
+
+
+STORED = torch.randn(210, 90, generator=torch.Generator().manual_seed(0))
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=["host", 1, 2, 7, 500])
+def reader(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[TensorReader]:
+    """The CPU's, and the GPU's on a CPU: rings of 1 to 500 chunks of a row and a bit."""
+    monkeypatch.setattr(tensor_reader, "HOST_BYTES", 4000)
+    if request.param == "host":
+        yield HostReader()
+        return
+    monkeypatch.setattr(tensor_reader, "CHUNK_BYTES", 400)
+    staged = StagedReader(torch.device("cpu"), request.param)
+    yield staged
+    staged.close()
+
+
+@pytest.mark.parametrize("stored", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+def test_every_value_arrives_in_its_place(
+    tmp_path: Path, reader: TensorReader, stored: torch.dtype, dtype: torch.dtype
+) -> None:
+    """Alone, stacked, interleaved by rows, and transposed; what lies beside is left alone."""
+    path = tmp_path / "values"
+    path.write_bytes(bytes(3) + STORED.to(stored).view(torch.uint8).numpy().tobytes())
+    expected = STORED.to(stored).to(dtype)
+    whole = torch.full((630, 90), torch.nan, dtype=dtype)
+    woven = torch.full((210, 2, 90), torch.nan, dtype=dtype)
+    turned = torch.empty(90, 210, dtype=dtype)
+    bias = torch.empty(90, dtype=dtype)
+    with path.open("rb", buffering=0) as file:
+        for target in (whole[210:420], woven[:, 1], turned.t(), bias):
+            reader.read(file, 3, stored, target)
+        reader.wait()
+    assert torch.equal(whole[210:420], expected)
+    assert whole.isnan().sum() == 420 * 90
+    assert torch.equal(woven[:, 1], expected)
+    assert woven[:, 0].isnan().all()
+    assert torch.equal(turned, expected.t())
+    assert torch.equal(bias, expected[0])
+
+
+def test_what_was_taken_is_no_view_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file({"before": torch.ones(7), "w": STORED}, path)
+    with Checkpoint([path], torch.float32) as checkpoint:
+        stacked = torch.zeros(420, 90)
+        checkpoint.take_into(stacked[210:], "w")
+        taken = checkpoint.take("w", 210, 90)
+        with pytest.raises(ModelFolderError, match=r"shape \[210, 90\].*\[209, 90\]"):
+            checkpoint.take_into(stacked[:209], "w")
+    path.write_bytes(bytes(path.stat().st_size))
+    assert torch.equal(taken, STORED)
+    assert torch.equal(stacked, torch.cat((torch.zeros(210, 90), STORED)))
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file({"w": STORED}, path)
+    with Checkpoint([path], torch.float32) as checkpoint:
+        os.truncate(path, path.stat().st_size - 1)
+        with pytest.raises(ModelFolderError, match=r"w\.safetensors was cut short"):
+            checkpoint.take("w", 210, 90)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_sees_a_bar_and_everyone_the_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    path = make_model_folder(tmp_path)
+    stderr = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr("sys.stderr", stderr)
+    with capture_logs() as logs:
+        checkpoint = load(path)
+    assert ("loading weights" in stderr.getvalue()) is terminal
+    (line,) = logs
+    assert line["event"] == "weights are loaded"
+    assert line["megabytes"] == round(checkpoint.num_bytes / 1e6)
+    assert line["megabytes_per_second"] > 0
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:50], lambda b: b"x" + b[1:]])

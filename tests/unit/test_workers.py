@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -280,6 +281,47 @@ def test_a_ready_without_room_is_refused(link: Link, field: str) -> None:
     assert link.events.take() == []
 
 
+def ready_after(*phases: tuple[str, float]) -> pb.Ready:
+    ready = pb.Ready(startup=[pb.StartupPhase(name=name, seconds=s) for name, s in phases])
+    ready.MergeFrom(READY)
+    return ready
+
+
+def test_how_a_worker_started_is_known_after_its_loss_too(link: Link) -> None:
+    worker = ScriptedWorker(link)
+    worker.say_hello()
+    assert link.workers.info(link.now)[0].startup == ()
+    phases = [("load weights", 12.5), ("record graphs", 0.0)]
+    worker.send(ready=ready_after(*phases))
+    assert link.events.take() == [("ready", "w")]
+    assert link.workers.info(link.now)[0].startup == phases
+    assert link.workers.groups[0].weights_sha256 == worker.hello.weights_sha256
+    worker.send(failure=pb.Failure(kind=pb.FAILURE_KIND_INTERNAL))
+    (info,) = link.workers.info(link.now)
+    assert (info.state, info.startup) == (WorkerState.LOST, phases)
+    assert info.weights_sha256 == worker.hello.weights_sha256
+
+
+@pytest.mark.parametrize(
+    ("phases", "problem"),
+    [
+        ([("load", math.nan)], "phase of nan seconds"),
+        ([("load", math.inf)], "phase of inf seconds"),
+        ([("load", -1.0)], "phase of -1.0 seconds"),
+        ([("n" * 200, 1.0)], "name is too long"),
+        ([("load", 1.0)] * 100, "100 start-up phases"),
+    ],
+)
+def test_a_start_that_nobody_can_have_had_is_refused(
+    link: Link, phases: list[tuple[str, float]], problem: str
+) -> None:
+    worker = ScriptedWorker(link)
+    worker.say_hello()
+    worker.send(ready=ready_after(*phases))
+    assert problem in worker.received()[-1].goodbye.reason
+    assert link.events.take() == []
+
+
 def test_garbage_changes_nothing(link: Link, worker: ScriptedWorker) -> None:
     before = worker.sequence
     malformed: list[Any] = [
@@ -325,7 +367,8 @@ def test_info(link: Link, worker: ScriptedWorker) -> None:
     link.workers.groups[0].send(make_command(1), [True], link.now)
     worker.send(result=make_result(1))
     (info,) = link.workers.info(link.now + 0.25)
-    assert info == ("w", "1", WorkerState.SERVING, 0.25, 0.25, "w", 0, 1)
+    weights = worker.hello.weights_sha256
+    assert info == ("w", "1", WorkerState.SERVING, 0.25, 0.25, "w", 0, 1, weights, [])
 
 
 def test_a_group_serves_when_all_ranks_are_ready_and_is_lost_with_one(link: Link) -> None:

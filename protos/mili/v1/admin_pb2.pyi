@@ -95,6 +95,7 @@ class GetServerResponse(_message.Message):
     INSTANCE_ID_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
     STARTUP_PHASES_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     instance_id: _builtins.str
     """New on every process start: tells a restart from a lost connection."""
@@ -102,6 +103,10 @@ class GetServerResponse(_message.Message):
     def start_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def startup_phases(self) -> _containers.RepeatedCompositeFieldContainer[Global___StartupPhase]: ...
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Worker]:
+        """As ListWorkers has them."""
+
     def __init__(
         self,
         *,
@@ -109,10 +114,11 @@ class GetServerResponse(_message.Message):
         instance_id: _builtins.str = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
         startup_phases: _abc.Iterable[Global___StartupPhase] | None = ...,
+        workers: _abc.Iterable[Global___Worker] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance_id", b"instance_id", "start_time", b"start_time", "startup_phases", b"startup_phases", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance_id", b"instance_id", "start_time", b"start_time", "startup_phases", b"startup_phases", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -159,6 +165,7 @@ class Worker(_message.Message):
     GROUP_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
     WORLD_SIZE_FIELD_NUMBER: _builtins.int
+    STARTUP_PHASES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     instance_id: _builtins.str
     state: Global___WorkerState.ValueType
@@ -176,6 +183,10 @@ class Worker(_message.Message):
     def last_heartbeat(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def last_step_age(self) -> _duration_pb2.Duration: ...
+    @_builtins.property
+    def startup_phases(self) -> _containers.RepeatedCompositeFieldContainer[Global___StartupPhase]:
+        """Of its last start; empty until it has once been ready."""
+
     def __init__(
         self,
         *,
@@ -193,10 +204,11 @@ class Worker(_message.Message):
         group: _builtins.str = ...,
         rank: _builtins.int = ...,
         world_size: _builtins.int = ...,
+        startup_phases: _abc.Iterable[Global___StartupPhase] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["last_heartbeat", b"last_heartbeat", "last_step_age", b"last_step_age"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "instance_id", b"instance_id", "kv_blocks_cached", b"kv_blocks_cached", "kv_blocks_free", b"kv_blocks_free", "kv_blocks_total", b"kv_blocks_total", "last_heartbeat", b"last_heartbeat", "last_step_age", b"last_step_age", "model", b"model", "model_revision", b"model_revision", "name", b"name", "rank", b"rank", "running_sequences", b"running_sequences", "state", b"state", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group", b"group", "instance_id", b"instance_id", "kv_blocks_cached", b"kv_blocks_cached", "kv_blocks_free", b"kv_blocks_free", "kv_blocks_total", b"kv_blocks_total", "last_heartbeat", b"last_heartbeat", "last_step_age", b"last_step_age", "model", b"model", "model_revision", b"model_revision", "name", b"name", "rank", b"rank", "running_sequences", b"running_sequences", "startup_phases", b"startup_phases", "state", b"state", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -73,7 +73,7 @@ def count_blocks(config: WorkerConfig, decoder: DecoderConfig, item_size: int, l
     if num_blocks < 2:
         raise ValueError(
             f"the KV cache has room for {num_blocks} blocks of {block_bytes} bytes and needs 2 at "
-            "least: raise --kv-cache-memory-bytes, free memory, or lower --block-size"
+            "least: raise MILI_KV_CACHE_MEMORY_BYTES, free memory, or lower --block-size"
         )
     return num_blocks
 
@@ -97,7 +97,7 @@ def _untouched(items: int, dtype: torch.dtype) -> torch.Tensor:
     except (OSError, OverflowError) as error:
         raise ValueError(
             f"the KV cache cannot have {size} bytes ({error}): lower --num-gpu-blocks-override or "
-            "--kv-cache-memory-bytes"
+            "MILI_KV_CACHE_MEMORY_BYTES"
         ) from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)

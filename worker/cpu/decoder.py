@@ -21,11 +21,11 @@ from mili.kernels.reference import (
     silu_and_mul,
     write_kv,
 )
-from mili.worker.batch import Batch
-from mili.worker.kv_cache import KVCache
+from mili.worker.cpu.batch import Batch
+from mili.worker.cpu.kv_cache import KVCache
 from mili.worker.models.config import DecoderConfig
-from mili.worker.models.rope import inverse_frequencies
-from mili.worker.weights import Checkpoint
+from mili.worker.models.rope import attention_factor, inverse_frequencies
+from mili.worker.weights import WeightSource
 
 
 class _Layer(NamedTuple):
@@ -41,28 +41,29 @@ class _Layer(NamedTuple):
 class Decoder:
     """A model's weights, packed, and what is computed with them."""
 
-    def __init__(self, config: DecoderConfig, checkpoint: Checkpoint) -> None:
+    def __init__(self, config: DecoderConfig, source: WeightSource) -> None:
         self._config = config
         self._frequencies = inverse_frequencies(config.rope, config.head_dim)  # [head_dim / 2]
+        self._attention_factor = attention_factor(config.rope)
         table = (config.vocab_size, config.hidden_size)
-        self._embedding = checkpoint.take("model.embed_tokens.weight", *table)
-        self._layers = [self._take_layer(checkpoint, i) for i in range(config.num_layers)]
-        self._norm = checkpoint.take("model.norm.weight", config.hidden_size)
+        self._embedding = source.take("model.embed_tokens.weight", *table)
+        self._layers = [self._take_layer(source, i) for i in range(config.num_layers)]
+        self._norm = source.take("model.norm.weight", config.hidden_size)
         if config.tie_word_embeddings:
             head = self._embedding
-            checkpoint.take_derived("lm_head.weight", head, "model.embed_tokens.weight")
+            source.take_derived("lm_head.weight", head, "model.embed_tokens.weight")
         else:
-            head = checkpoint.take("lm_head.weight", *table)
+            head = source.take("lm_head.weight", *table)
         self._head = pack_linear(head)
-        checkpoint.finish()
+        source.finish()
 
-    def _take_layer(self, checkpoint: Checkpoint, index: int) -> _Layer:
+    def _take_layer(self, source: WeightSource, index: int) -> _Layer:
         config, prefix = self._config, f"model.layers.{index}."
         hidden, size = config.hidden_size, config.intermediate_size
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
 
         def take(name: str, *shape: int) -> torch.Tensor:
-            return checkpoint.take(prefix + name, *shape)
+            return source.take(prefix + name, *shape)
 
         projections = (("q", q_size), ("k", kv_size), ("v", kv_size))
         qkv = [take(f"self_attn.{name}_proj.weight", rows, hidden) for name, rows in projections]
@@ -76,7 +77,7 @@ class Decoder:
             k_norm = take("self_attn.k_norm.weight", config.head_dim)
             qk_norm = torch.stack([q_norm] * config.num_heads + [k_norm] * config.num_kv_heads)
         gate_up = [take(f"mlp.{name}_proj.weight", size, hidden) for name in ("gate", "up")]
-        checkpoint.take_derived(
+        source.take_derived(
             f"{prefix}self_attn.rotary_emb.inv_freq", self._frequencies, "config.json's rope_theta"
         )
         return _Layer(
@@ -95,7 +96,8 @@ class Decoder:
         The result, [tokens, hidden], is the residual stream before the last norm.
         """
         config = self._config
-        angles = rope_angles(batch.positions, self._frequencies, self._embedding.dtype)
+        dtype = self._embedding.dtype
+        angles = rope_angles(batch.positions, self._frequencies, dtype, self._attention_factor)
         x = functional.embedding(batch.token_ids, self._embedding)  # [tokens, hidden]
         for layer, kv_layer in zip(self._layers, cache.layers, strict=True):
             normed = rms_norm(x, layer.input_norm, config.norm_epsilon)

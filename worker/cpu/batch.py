@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from mili.kernels.reference import AttentionGroup, plan_attention
-from mili.worker.kv_cache import KVCache
+from mili.worker.cpu.kv_cache import KVCache
 from mili.worker.sequence_table import IntArray, SequenceTable
 
 

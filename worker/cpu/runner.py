@@ -1,4 +1,4 @@
-"""The compute of one worker: a step command in, a step result out.
+"""The compute of one CPU worker: a step command in, a step result out.
 
 Owns the model, its KV cache and the sequence table. Does not know where commands come from.
 """
@@ -21,25 +21,27 @@ from mili.internal.v1.step_pb2 import (
     StepCommand,
     StepResult,
 )
-from mili.worker.batch import Batch, make_batch
+from mili.worker.completion import DoneStep
 from mili.worker.config import WorkerConfig
+from mili.worker.cpu.batch import Batch, make_batch
+from mili.worker.cpu.decoder import Decoder
+from mili.worker.cpu.kv_cache import KVCache, count_blocks
+from mili.worker.cpu.sampler import sample_rows
 from mili.worker.dtype import choose_dtype
-from mili.worker.kv_cache import KVCache, count_blocks
 from mili.worker.models.config import read_decoder_config
-from mili.worker.models.decoder import Decoder
-from mili.worker.sampler import sample_rows
 from mili.worker.sequence_table import IntArray, SequenceTable
-from mili.worker.weights import Checkpoint
+from mili.worker.startup import Startup
+from mili.worker.weights import open_weights
 
 log = structlog.get_logger()
 
 _DEFAULT_STEP_TOKENS = 128
 
 
-class ModelRunner:
+class CpuRunner:
     """Loads a model when it is made; raises ValueError where folder or settings do not fit."""
 
-    def __init__(self, folder: ModelFolder, config: WorkerConfig) -> None:
+    def __init__(self, folder: ModelFolder, config: WorkerConfig, startup: Startup) -> None:
         torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
         decoder_config = read_decoder_config(folder.config)
         limit = config.max_model_len or decoder_config.max_position_embeddings
@@ -48,7 +50,7 @@ class ModelRunner:
                 f"--max-model-len {limit} is more than the model's own limit of "
                 f"{decoder_config.max_position_embeddings} tokens"
             )
-        self.dtype: torch.dtype = getattr(torch, choose_dtype(config.dtype))
+        self.dtype: torch.dtype = getattr(torch, choose_dtype(config.dtype, config.device))
         num_blocks = count_blocks(config, decoder_config, self.dtype.itemsize, limit)
         self._table = SequenceTable(
             max_rows=config.max_num_seqs + 1,
@@ -66,16 +68,16 @@ class ModelRunner:
         )
         self._max_step_tokens = config.max_num_batched_tokens or _DEFAULT_STEP_TOKENS
         self._vocab_size = decoder_config.vocab_size
-        started = time.perf_counter()
-        checkpoint = Checkpoint(folder.weight_files, self.dtype)
-        self._decoder = Decoder(decoder_config, checkpoint)
-        seconds = time.perf_counter() - started
+        self._startup = startup
+        with (
+            startup.phase("load weights"),
+            open_weights(folder, config.load_format, self.dtype) as source,
+        ):
+            self._decoder = Decoder(decoder_config, source)
         log.info(
             "model loaded",
             architecture=decoder_config.architecture,
             dtype=str(self.dtype).removeprefix("torch."),
-            seconds=round(seconds, 2),
-            megabytes_per_second=round(checkpoint.num_bytes / seconds / 1e6),
             threads=torch.get_num_threads(),
             kv_blocks=num_blocks,
         )
@@ -89,6 +91,7 @@ class ModelRunner:
             max_step_tokens=self._max_step_tokens,
             max_model_len=self._table.max_model_len,
             vocab_size=self._vocab_size,
+            startup=self._startup.phases,
         )
 
     def reset(self) -> None:
@@ -98,21 +101,22 @@ class ModelRunner:
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Compute what a step may ask for on the null row, so that no step is the first."""
-        for count in (1, min(self._max_step_tokens, self._table.max_model_len)):
-            zero = np.zeros(1, np.int64)
-            batch = make_batch(self._table, self._cache, zero, zero, np.full(1, count))
-            hidden = self._decoder.forward(batch, self._cache)
-            self._decoder.logits(hidden[:2])
+        with self._startup.phase("warm up"):
+            for count in (1, min(self._max_step_tokens, self._table.max_model_len)):
+                zero = np.zeros(1, np.int64)
+                batch = make_batch(self._table, self._cache, zero, zero, np.full(1, count))
+                hidden = self._decoder.forward(batch, self._cache)
+                self._decoder.logits(hidden[:2])
+
+    def start(self, command: StepCommand) -> DoneStep:
+        """Execute one step: on a CPU there is nothing to wait for."""
+        return DoneStep(self.execute(command))
 
     @torch.inference_mode()
     def execute(self, command: StepCommand) -> StepResult:
         """Execute one step. Raises CommandError, after which nothing more may be executed."""
         started = time.perf_counter()
-        self._table.apply(command)
-        rows, starts, counts = (
-            np.array(column, np.int64)
-            for column in (command.rows, command.starts, command.num_tokens)
-        )
+        rows, starts, counts = self._table.apply(command)
         num_new, token_ids = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
         alive = np.flatnonzero(~self._table.faulted[rows])
         if alive.size:

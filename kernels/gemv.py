@@ -1,0 +1,183 @@
+"""Projections of steps of few rows: every weight is read once, at the speed of memory.
+
+Owns how weight rows are divided over warps. Does not know which projection of a model it computes,
+nor when it is faster than a matrix product: the caller chooses, for up to MAX_ROWS rows.
+
+Overlap (programmatic dependent launch). With overlap=True a kernel may begin while earlier kernels
+of the stream still run, and loads its first weights meanwhile. What makes this safe:
+- Before griddepcontrol.wait it touches weights only (the matrix and the norm's weight), which no
+  kernel of the stream writes. x, residual and out may still be written, or read, by kernels that
+  have not ended.
+- The wait returns when the kernel before has ended and its writes can be seen. That kernel in turn
+  waited before it ended, so all kernels before it have ended too. So nobody still reads what is now
+  overwritten: activations need no second buffer.
+- Hence the rule for every kernel that is launched with overlap: at least one thread of it waits,
+  whatever else it does, and none touches what any earlier kernel wrote, not only the last one,
+  before it has waited. A kernel launched without overlap begins after all others; one that never
+  releases its successor does so by ending.
+- The successor is released at once, before the wait: it cannot be placed before every block of this
+  kernel has been, so it takes no room from it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+
+from mili.kernels.module import Argument, Constant, Grid, dtype_name, load
+
+MAX_ROWS = 4
+_THREADS = 256
+_WARPS = _THREADS // 32
+# Of shared memory for each row of x, beside the row: sums that warps tell each other.
+_SCRATCH = 4 * (_WARPS + 2 * _WARPS)
+# A row is shared by more warps while a multiprocessor has fewer than this, and a lane of them would
+# have 16 bytes of it at least; or 64 bytes, while it has fewer than enough. Measured on an H100.
+_FEW_WARPS = 12
+_WARPS_ENOUGH = 32
+
+
+def constants(dtype: torch.dtype, *, rows: int, units: int, k: int) -> dict[str, Constant]:
+    """What "gemv" is compiled with. Raises ValueError.
+
+    units: pairs of weight rows that warps take: ceil(n / 2), for SwiGLU n.
+    """
+    if not 1 <= rows <= MAX_ROWS:
+        raise ValueError(f"x must have 1 to {MAX_ROWS} rows, not {rows}")
+    if k <= 0 or k % 8:
+        raise ValueError(f"a row must have a multiple of 8 elements, not {k}")
+    processors = _multiprocessors(torch.cuda.current_device())
+    split = 1
+    while split < _WARPS:
+        warps, vectors = units * split / processors, k // (2 * split * 32 * 8)
+        if not (warps < _FEW_WARPS and vectors >= 1) and not (
+            warps < _WARPS_ENOUGH and vectors >= 4
+        ):
+            break
+        split *= 2
+    return {"SCALAR": dtype_name(dtype), "K": k, "ROWS": rows, "SPLIT": split}
+
+
+def gemv(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    norm_weight: torch.Tensor | None = None,
+    epsilon: float = 0.0,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    overlap: bool = False,
+) -> None:
+    """out = residual + norm(x) @ weight.T + bias, accumulated in float32 and rounded once.
+
+    norm: RMSNorm with norm_weight and epsilon, rounded to x's dtype; none without norm_weight.
+    x: [rows, k] bfloat16 or float16, at most MAX_ROWS rows; weight: [n, k]; out: [rows, n], which
+    must not be x; norm_weight: [k]; bias: [n]; residual: [rows, n], which may be out. All of one
+    dtype and contiguous. Raises ValueError.
+    """
+    n, k = len(weight), x.shape[-1]
+    _check(
+        x,
+        out,
+        {
+            "weight": (weight, (n, k)),
+            "norm_weight": (norm_weight, (k,)),
+            "bias": (bias, (n,)),
+            "residual": (residual, (len(x), n)),
+        },
+        n=n,
+    )
+    added = (_address(bias), _address(residual), n)
+    if norm_weight is None:
+        _launch("gemv", x, weight, -(-n // 2), overlap, out, *added)
+    else:
+        _launch("gemv_norm", x, weight, -(-n // 2), overlap, out, norm_weight, *added, epsilon)
+
+
+def gemv_swiglu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    norm_weight: torch.Tensor,
+    epsilon: float,
+    overlap: bool = False,
+) -> None:
+    """out = silu(norm(x) @ gate.T) * (norm(x) @ up.T), rounded once; norm as in `gemv`.
+
+    x: [rows, k]; weight: [2 * n, k], the rows of gate before those of up; out: [rows, n];
+    norm_weight: [k]. Raises ValueError.
+    """
+    n, k = len(weight) // 2, x.shape[-1]
+    _check(x, out, {"weight": (weight, (2 * n, k)), "norm_weight": (norm_weight, (k,))}, n=n)
+    _launch("gemv_swiglu", x, weight, n, overlap, out, norm_weight, n, epsilon)
+
+
+def gemv_logits(
+    x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, overlap: bool = False
+) -> None:
+    """out = x @ weight.T in float32. x: [rows, k], normed; weight: [n, k]; out: [rows, n] float32.
+
+    Raises ValueError.
+    """
+    n = len(weight)
+    _check(x, out, {"weight": (weight, (n, x.shape[-1]))}, n=n, out_dtype=torch.float32)
+    _launch("gemv_logits", x, weight, -(-n // 2), overlap, out, n)
+
+
+def _launch(
+    name: str, x: torch.Tensor, weight: torch.Tensor, units: int, overlap: bool, *more: Argument
+) -> None:
+    rows, k = x.shape
+    compiled = constants(x.dtype, rows=rows, units=units, k=k)
+    blocks = -(-units * int(compiled["SPLIT"]) // _WARPS)
+    staged = rows + (name in ("gemv_norm", "gemv_swiglu"))
+    shared = rows * _SCRATCH + staged * k * x.element_size()
+    grid = Grid((blocks, 1, 1), _THREADS, shared, overlap)
+    load("gemv", **compiled)[name].launch(grid, x, weight, *more)
+
+
+@functools.cache
+def _multiprocessors(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _address(tensor: torch.Tensor | None) -> Argument:
+    return ctypes.c_void_p() if tensor is None else tensor
+
+
+def _check(
+    x: torch.Tensor,
+    out: torch.Tensor,
+    others: dict[str, tuple[torch.Tensor | None, tuple[int, ...]]],
+    *,
+    n: int,
+    out_dtype: torch.dtype | None = None,
+) -> None:
+    if x.ndim != 2:
+        raise ValueError(f"x must be [rows, k], not {list(x.shape)}")
+    if out.data_ptr() == x.data_ptr():
+        raise ValueError("out must not be x, which every thread block reads")
+    _check_one("x", x, tuple(x.shape), x.dtype, x.device)
+    _check_one("out", out, (len(x), n), out_dtype or x.dtype, x.device)
+    for name, (tensor, shape) in others.items():
+        if tensor is not None:
+            _check_one(name, tensor, shape, x.dtype, x.device)
+
+
+def _check_one(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    aligned = tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
+    if (tuple(tensor.shape), tensor.dtype, tensor.device, aligned) != (shape, dtype, device, True):
+        raise ValueError(
+            f"{name} must be {dtype} {list(shape)}, contiguous and aligned, on {device}, not "
+            f"{tensor.dtype} {list(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
+        )

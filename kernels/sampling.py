@@ -1,0 +1,172 @@
+"""Sampling on the GPU: logits, the sequence table's parameters and positions in, tokens out.
+
+Owns the launches and their scratch. Does not know who fills the table; the arithmetic is
+kernels/reference_sampling.py's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import torch
+
+from mili.kernels.module import Grid, load
+
+_THRESHOLD_THREADS = 512
+_LIST = 16384  # logits that shared memory holds while a threshold is searched
+_DRAW_THREADS = 256
+_DRAW_BLOCKS = 5  # of a multiprocessor
+_TILE = 4 * _DRAW_THREADS  # logits that a block draws from at a time
+_MAX_ROUNDS = 16  # tiles of a block; with more, the last blocks would leave the card idle for long
+_PART_BYTES = 24
+
+
+class SamplingTable(NamedTuple):
+    """What each row of the sequence table is sampled with; a value of 0 turns its step off."""
+
+    temperature: torch.Tensor  # [table_rows] float32; 0 is greedy
+    top_k: torch.Tensor  # [table_rows] int32
+    top_p: torch.Tensor  # [table_rows] float32; also off at 1
+    min_p: torch.Tensor  # [table_rows] float32
+    repetition_penalty: torch.Tensor  # [table_rows] float32; also off at 1
+    seed: torch.Tensor  # [table_rows] int64, the bits of an unsigned number
+    suppress_until: torch.Tensor  # [table_rows] int32: the first position that may be any token
+    suppressed: torch.Tensor  # [table_rows, words] int32: token t is bit t % 32 of word t // 32
+    seen: torch.Tensor  # [table_rows, words] int32: known tokens; only read with a penalty
+
+
+_TABLE_DTYPES = {
+    "temperature": torch.float32,
+    "top_p": torch.float32,
+    "min_p": torch.float32,
+    "repetition_penalty": torch.float32,
+    "seed": torch.int64,
+}  # the others are int32
+
+
+class Sampler:
+    """The kernels and their scratch, for at most `max_samples` rows at once on one stream."""
+
+    def __init__(self, vocab_size: int, max_samples: int) -> None:
+        module = load("sampling", SCALAR="__nv_bfloat16")  # for common.cuh: nothing here is of it
+        self._find_thresholds = module["sampling_threshold"]
+        self._draw = module["sampling_draw"]
+        self._vocab_size = vocab_size
+        self._max_samples = max_samples
+        self._tiles = -(-vocab_size // _TILE)  # of a row
+        self._thresholds = torch.empty(max_samples, dtype=torch.float32, device="cuda")
+        self._parts = torch.empty(
+            max_samples * self._tiles * _PART_BYTES, dtype=torch.uint8, device="cuda"
+        )
+        self._arrivals = torch.zeros(max_samples, dtype=torch.int32, device="cuda")
+        self._resident_blocks = _DRAW_BLOCKS * (
+            torch.cuda.get_device_properties(self._parts.device).multi_processor_count
+        )
+
+    def sample(
+        self,
+        logits: torch.Tensor,
+        table: SamplingTable,
+        sample_rows: torch.Tensor,
+        sample_positions: torch.Tensor,
+        sizes: torch.Tensor,
+        token_ids: torch.Tensor,
+        faulted: torch.Tensor,
+        out_tokens: torch.Tensor,
+        out_logprobs: torch.Tensor,
+    ) -> None:
+        """Draw one token for each sample: the same as the reference whatever else is in the batch.
+
+        logits: [samples, vocab_size] float32, of which the first sizes[3] count; sample_rows,
+        sample_positions: [>= samples] int32, table row and where the token will stand; sizes: [4]
+        int32; token_ids: [table_rows, > positions] int32; faulted: [table_rows] int32; out_tokens:
+        [>= samples] int32; out_logprobs: [>= samples] float32.
+
+        Sample s of row r at position p gives out_tokens[s] = token_ids[r, p] = token, its logarithm
+        of probability before any parameter is applied in out_logprobs[s], and, where the row has a
+        repetition penalty, its bit in table.seen. A row that is faulted, or whose logits are NaN,
+        +infinity or all -infinity, gives out_tokens[s] = -1 and faulted[r] = 1 and nothing else.
+
+        Gumbel-max: no sort and no normalisation. top-k and top-p by radix selection of the lowest
+        logit that is kept; those equal to it are kept, too. Raises ValueError.
+        """
+        samples = len(logits)
+        self._check_sizes(logits, sample_rows, sample_positions, sizes, out_tokens, out_logprobs)
+        self._check_table(table, token_ids, faulted)
+        columns = (ctypes.c_void_p * len(table))(*(column.data_ptr() for column in table))
+        self._find_thresholds.launch(
+            Grid((samples, 1, 1), _THRESHOLD_THREADS, shared=4 * _LIST, overlap=True),
+            logits,
+            self._vocab_size,
+            columns,
+            sample_rows,
+            sample_positions,
+            sizes,
+            _LIST,
+            self._thresholds,
+        )
+        # How a row is divided changes no token, and no log-probability by more than rounding.
+        rounds = -(-self._tiles * samples // self._resident_blocks)
+        rounds = min(rounds, _MAX_ROUNDS)
+        self._draw.launch(
+            Grid((-(-self._tiles // rounds), samples, 1), _DRAW_THREADS, overlap=True),
+            logits,
+            self._vocab_size,
+            columns,
+            sample_rows,
+            sample_positions,
+            sizes,
+            self._thresholds,
+            rounds,
+            self._parts,
+            self._arrivals,
+            token_ids,
+            token_ids.shape[1],
+            faulted,
+            out_tokens,
+            out_logprobs,
+        )
+
+    def _check_sizes(
+        self,
+        logits: torch.Tensor,
+        sample_rows: torch.Tensor,
+        sample_positions: torch.Tensor,
+        sizes: torch.Tensor,
+        out_tokens: torch.Tensor,
+        out_logprobs: torch.Tensor,
+    ) -> None:
+        samples = len(logits)
+        if not 0 < samples <= self._max_samples:
+            raise ValueError(f"logits must have 1 to {self._max_samples} rows, not {samples}")
+        self._check("logits", logits, torch.float32, (samples, self._vocab_size))
+        self._check("sizes", sizes, torch.int32, (4,))
+        for name, tensor, dtype in (
+            ("sample_rows", sample_rows, torch.int32),
+            ("sample_positions", sample_positions, torch.int32),
+            ("out_tokens", out_tokens, torch.int32),
+            ("out_logprobs", out_logprobs, torch.float32),
+        ):
+            self._check(name, tensor[:samples], dtype, (samples,))
+
+    def _check_table(
+        self, table: SamplingTable, token_ids: torch.Tensor, faulted: torch.Tensor
+    ) -> None:
+        rows, words = len(token_ids), -(-self._vocab_size // 32)
+        self._check("token_ids", token_ids, torch.int32, (rows, token_ids.shape[-1]))
+        self._check("faulted", faulted, torch.int32, (rows,))
+        for name, column in table._asdict().items():
+            shape = (rows, words) if name in ("suppressed", "seen") else (rows,)
+            self._check(name, column, _TABLE_DTYPES.get(name, torch.int32), shape)
+
+    def _check(
+        self, name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]
+    ) -> None:
+        device = self._parts.device
+        fits = tensor.dtype == dtype and tensor.shape == shape and tensor.is_contiguous()
+        if not fits or tensor.device != device:
+            raise ValueError(
+                f"{name} must be a contiguous {list(shape)} {dtype} on {device}, "
+                f"not {list(tensor.shape)} {tensor.dtype} on {tensor.device}"
+            )

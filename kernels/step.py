@@ -1,0 +1,163 @@
+"""A step's bookkeeping on the device: what the router changed, and the batch as flat arrays.
+
+Owns the layout of the input that a step copies to the device, and of the batch that its kernels
+read. Does not know what the model computes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from mili.kernels.module import Grid, load
+from mili.kernels.sampling import SamplingTable
+
+# Rows of one step at most, and tokens that one thread block spreads.
+MAX_ROWS = 1024
+# Columns of the input, in int32: sizes (num_tokens, num_rows, num_decode_rows, unused), then rows,
+# starts, counts and whether each row samples, MAX_ROWS each; then what `apply_deltas` reads.
+SIZES, ROWS, STARTS, COUNTS, SAMPLES, DELTAS = 0, *(4 + MAX_ROWS * i for i in range(5))
+# Fields of an admission, in int32; floats and the seed as their bits.
+ADMISSION_FIELDS = (
+    "row", "num_tokens", "tokens_at", "temperature", "top_k", "top_p", "min_p",
+    "repetition_penalty", "seed_low", "seed_high", "suppress_until", "num_suppressed",
+    "suppressed_at",
+)  # fmt: skip
+ADMISSION_SIZE = 16
+_APPLY_THREADS = 256
+
+
+class SequenceTensors(NamedTuple):
+    """What each row of the sequence table holds, [table_rows, ...]; row 0 is the null row."""
+
+    token_ids: torch.Tensor  # [table_rows, max_model_len + 1] int32
+    block_tables: torch.Tensor  # [table_rows, max_blocks] int32
+    faulted: torch.Tensor  # [table_rows] int32
+    sampling: SamplingTable
+
+
+class BatchTensors(NamedTuple):
+    """A step's batch, int32. Rows of one new token come first: those decode, the others prefill."""
+
+    sizes: torch.Tensor  # [4]: num_tokens, num_rows, num_decode_rows, num_samples
+    rows: torch.Tensor  # [MAX_ROWS]: table row
+    starts: torch.Tensor  # [MAX_ROWS]: first new position
+    counts: torch.Tensor  # [MAX_ROWS]: new tokens
+    first_tokens: torch.Tensor  # [MAX_ROWS]: index of the row's first token
+    page_offsets: torch.Tensor  # [MAX_ROWS + 1]: pages of 16 positions before each decode row
+    tile_offsets: torch.Tensor  # [MAX_ROWS + 1]: tiles of 128 queries before each prefill row
+    sample_rows: torch.Tensor  # [MAX_ROWS]: table row of each sample
+    sample_positions: torch.Tensor  # [MAX_ROWS]: where the sampled token will stand
+    token_ids: torch.Tensor  # [max_tokens]
+    positions: torch.Tensor  # [max_tokens]
+    slots: torch.Tensor  # [max_tokens]
+    token_rows: torch.Tensor  # [max_tokens]: table row
+    sample_index: torch.Tensor  # [max_tokens]: the sample that the token gives, or -1
+
+
+def allocate_sequences(
+    *, table_rows: int, max_model_len: int, max_blocks: int, vocab_size: int, device: torch.device
+) -> SequenceTensors:
+    def column(dtype: torch.dtype, *more: int) -> torch.Tensor:
+        return torch.zeros(table_rows, *more, dtype=dtype, device=device)
+
+    words = -(-vocab_size // 32)
+    return SequenceTensors(
+        token_ids=column(torch.int32, max_model_len + 1),
+        block_tables=column(torch.int32, max_blocks),
+        faulted=column(torch.int32),
+        sampling=SamplingTable(
+            temperature=column(torch.float32),
+            top_k=column(torch.int32),
+            top_p=column(torch.float32),
+            min_p=column(torch.float32),
+            repetition_penalty=column(torch.float32),
+            seed=column(torch.int64),
+            suppress_until=column(torch.int32),
+            suppressed=column(torch.int32, words),
+            seen=column(torch.int32, words),
+        ),
+    )
+
+
+def allocate_batch(max_tokens: int, device: torch.device) -> BatchTensors:
+    sizes = {"sizes": 4, "page_offsets": MAX_ROWS + 1, "tile_offsets": MAX_ROWS + 1}
+    of_tokens = ("token_ids", "positions", "slots", "token_rows", "sample_index")
+    sizes |= dict.fromkeys(of_tokens, max_tokens)
+    return BatchTensors(
+        *(
+            torch.zeros(sizes.get(name, MAX_ROWS), dtype=torch.int32, device=device)
+            for name in BatchTensors._fields
+        )
+    )
+
+
+def apply_deltas(
+    step_input: torch.Tensor,
+    table: SequenceTensors,
+    *,
+    num_admissions: int,
+    admissions_at: int,
+    num_appended: int,
+    appended_at: int,
+) -> None:
+    """Overwrite the admitted rows, and append blocks to their tables.
+
+    step_input: int32. Admissions are ADMISSION_SIZE ints each from admissions_at on, appended
+    blocks (row, index, block) from appended_at on; where they point to is in the input, too.
+    """
+    blocks = num_admissions + -(-num_appended // _APPLY_THREADS)
+    load("step")["apply_deltas"].launch(
+        Grid((blocks, 1, 1), _APPLY_THREADS),
+        step_input,
+        num_admissions,
+        admissions_at,
+        num_appended,
+        appended_at,
+        table.block_tables,
+        table.block_tables.shape[1],
+        table.token_ids,
+        table.token_ids.shape[1],
+        table.faulted,
+        *table.sampling,
+        table.sampling.seen.shape[1],
+    )
+
+
+def make_batch(
+    step_input: torch.Tensor,
+    table: SequenceTensors,
+    batch: BatchTensors,
+    *,
+    num_padded: int,
+    block_size: int,
+) -> None:
+    """Spread the rows that the input names over `num_padded` tokens; the rest is padding.
+
+    Padding stands at position 0 of the null row and is written to slot 0.
+    """
+    if not 0 < num_padded <= len(batch.token_ids):
+        raise ValueError(f"{num_padded} tokens do not fit a batch of {len(batch.token_ids)}")
+    load("step")["make_batch"].launch(
+        Grid((-(-num_padded // MAX_ROWS), 1, 1), MAX_ROWS),
+        step_input,
+        table.block_tables,
+        table.block_tables.shape[1],
+        block_size,
+        table.token_ids,
+        table.token_ids.shape[1],
+        num_padded,
+        *batch,
+    )
+
+
+def gather_faults(batch: BatchTensors, faulted: torch.Tensor, faults: torch.Tensor) -> None:
+    """faults[i] = faulted[row of batch row i]; faults: [MAX_ROWS] int32."""
+    load("step")["gather_faults"].launch(
+        Grid((MAX_ROWS // _APPLY_THREADS, 1, 1), _APPLY_THREADS),
+        batch.sizes,
+        batch.rows,
+        faulted,
+        faults,
+    )

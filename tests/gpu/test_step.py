@@ -1,0 +1,155 @@
+"""The bookkeeping kernels against the same in numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("cupy")
+
+import torch
+
+from mili.internal.v1.step_pb2 import Admission, Sampling, StepCommand
+from mili.kernels import step
+from mili.worker.cuda.staging import order_rows, pack_deltas, pack_rows
+
+pytestmark = pytest.mark.gpu
+
+BLOCK = 16
+LIMIT = 512
+VOCAB = 1000
+DEVICE = torch.device("cuda")
+
+
+@pytest.fixture
+def table() -> step.SequenceTensors:
+    return step.allocate_sequences(
+        table_rows=step.MAX_ROWS + 1,
+        max_model_len=LIMIT,
+        max_blocks=LIMIT // BLOCK,
+        vocab_size=VOCAB,
+        device=DEVICE,
+    )
+
+
+def bits(words: torch.Tensor) -> set[int]:
+    unpacked = np.unpackbits(words.cpu().numpy().view(np.uint8), bitorder="little")
+    return set(np.flatnonzero(unpacked).tolist())
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("at", [step.DELTAS, 0])
+def test_admissions_and_blocks_land_in_their_rows(table: step.SequenceTensors, at: int) -> None:
+    rng = np.random.default_rng(1)
+    table.faulted.fill_(1)
+    table.sampling.seen.fill_(-1)
+    table.sampling.suppressed.fill_(-1)
+    tokens = {row: rng.integers(0, VOCAB, 1 + 37 * row % LIMIT) for row in (1, 5, step.MAX_ROWS)}
+    sampling = {
+        1: Sampling(),
+        5: Sampling(temperature=0.7, top_k=2**32 - 1, top_p=0.9, seed=2**63 + 12345),
+        step.MAX_ROWS: Sampling(
+            min_p=0.25,
+            repetition_penalty=1.5,
+            suppressed_token_ids=[3, 31, 32, VOCAB - 1],
+            suppress_until_position=17,
+        ),
+    }
+    command = StepCommand(
+        admissions=[
+            Admission(row=row, token_ids=ids.astype("<u4").tobytes(), sampling=sampling[row])
+            for row, ids in tokens.items()
+        ]
+    )
+    appended = [(int(row), int(index), int(rng.integers(1, 99))) for row in (1, 5, 700)
+                for index in range(30)]  # fmt: skip
+    deltas = pack_deltas(command, np.array(appended, np.int32), at)
+    step_input = torch.zeros(at + len(deltas.values), dtype=torch.int32, device=DEVICE)
+    step_input[at:] = torch.from_numpy(deltas.values)
+    step.apply_deltas(
+        step_input,
+        table,
+        num_admissions=deltas.num_admissions,
+        admissions_at=deltas.admissions_at,
+        num_appended=deltas.num_appended,
+        appended_at=deltas.appended_at,
+    )
+    for row, ids in tokens.items():
+        assert table.token_ids[row, : len(ids)].tolist() == ids.tolist()
+    assert torch.nonzero(table.faulted == 0).flatten().tolist() == list(tokens)
+    blocks = table.block_tables.cpu().numpy()
+    for row, index, block in appended:
+        assert blocks[row, index] == block
+    assert np.count_nonzero(blocks) == len(appended)
+    columns = table.sampling
+    assert columns.temperature[5].item() == pytest.approx(0.7)
+    assert columns.top_k[5].item() == 2**31 - 1
+    assert columns.top_p[5].item() == pytest.approx(0.9)
+    assert columns.seed[5].item() & (2**64 - 1) == 2**63 + 12345
+    assert columns.min_p[step.MAX_ROWS].item() == 0.25
+    assert columns.suppress_until[step.MAX_ROWS].item() == 17
+    assert bits(columns.suppressed[step.MAX_ROWS]) == {3, 31, 32, VOCAB - 1}
+    assert bits(columns.seen[step.MAX_ROWS]) == set(tokens[step.MAX_ROWS].tolist())
+    # Nobody reads them for rows that neither penalize nor suppress: they are left as they were.
+    assert (columns.seen[5] == -1).all() and (columns.suppressed[5] == -1).all()
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 33, step.MAX_ROWS])
+def test_a_batch_is_spread_over_its_tokens(table: step.SequenceTensors, num_rows: int) -> None:
+    rng = np.random.default_rng(num_rows)
+    rows = rng.permutation(np.arange(1, step.MAX_ROWS + 1))[:num_rows]
+    counts = np.where(rng.random(num_rows) < 0.5, 1, rng.integers(1, 150, num_rows))
+    starts = rng.integers(0, LIMIT - 150, num_rows)
+    known = np.zeros(step.MAX_ROWS + 1, np.int64)
+    known[rows] = starts + counts + (rng.random(num_rows) < 0.3)
+    table.token_ids.random_(0, VOCAB)
+    table.block_tables.random_(1, 1000)
+    ids, blocks = table.token_ids.cpu().numpy(), table.block_tables.cpu().numpy()
+    ordered = order_rows(rows, starts, counts, known)
+    packed = np.zeros(step.DELTAS, np.int32)
+    pack_rows(ordered, packed)
+    total = int(counts.sum())
+    padded = max(total + 5, 1)
+    batch = step.allocate_batch(padded, DEVICE)
+    for column in batch:
+        column.fill_(-7)
+    step.make_batch(
+        torch.from_numpy(packed).to(DEVICE), table, batch, num_padded=padded, block_size=BLOCK
+    )
+    got = {name: column.cpu().numpy() for name, column in batch._asdict().items()}
+    decodes = ordered.num_decode_rows
+    assert got["sizes"].tolist() == [total, num_rows, decodes, int(ordered.samples.sum())]
+    token_rows = np.repeat(ordered.rows, ordered.counts)
+    first = np.cumsum(ordered.counts) - ordered.counts
+    positions = np.arange(total) + np.repeat(ordered.starts - first, ordered.counts)
+    assert (got["rows"][:num_rows] == ordered.rows).all()
+    assert (got["first_tokens"][:num_rows] == first).all()
+    assert (got["token_rows"][:total] == token_rows).all()
+    assert (got["positions"][:total] == positions).all()
+    assert (got["token_ids"][:total] == ids[token_rows, positions]).all()
+    slots = blocks[token_rows, positions // BLOCK] * BLOCK + positions % BLOCK
+    assert (got["slots"][:total] == slots).all()
+    sample_index = np.full(total, -1)
+    sample_index[(first + ordered.counts - 1)[ordered.samples]] = np.arange(ordered.samples.sum())
+    assert (got["sample_index"][:total] == sample_index).all()
+    for name, padding in (("token_rows", 0), ("positions", 0), ("slots", 0), ("sample_index", -1)):
+        assert (got[name][total:] == padding).all()
+    samples = int(ordered.samples.sum())
+    assert (got["sample_rows"][:samples] == ordered.rows[ordered.samples]).all()
+    ends = ordered.starts + ordered.counts
+    assert (got["sample_positions"][:samples] == ends[ordered.samples]).all()
+    pages = np.cumsum([0, *(ordered.starts[:decodes] // 16 + 1)])
+    tiles = np.cumsum([0, *-(-ordered.counts[decodes:] // 128)])
+    assert (got["page_offsets"][: decodes + 1] == pages).all()
+    assert (got["tile_offsets"][: num_rows - decodes + 1] == tiles).all()
+
+
+def test_faults_are_gathered_by_batch_row(table: step.SequenceTensors) -> None:
+    batch = step.allocate_batch(8, DEVICE)
+    batch.sizes[1] = 3
+    batch.rows[:3] = torch.tensor([7, 2, 9])
+    table.faulted[2] = 1
+    faults = torch.full((step.MAX_ROWS,), -7, dtype=torch.int32, device=DEVICE)
+    step.gather_faults(batch, table.faulted, faults)
+    assert faults[:4].tolist() == [0, 1, 0, -7]

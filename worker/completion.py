@@ -1,0 +1,116 @@
+"""Steps that were started, and their results on the way back to the router.
+
+Owns the thread that waits for steps to end, in order, while the step loop starts the next. Does
+not know how a step is computed.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from typing import NamedTuple, Protocol
+
+import structlog
+
+from mili.internal.v1.step_pb2 import (
+    FAILURE_KIND_INTERNAL,
+    WORKER_PHASE_IDLE,
+    Failure,
+    StepCommand,
+    StepResult,
+)
+from mili.worker.connection import Connection
+from mili.worker.progress import Progress
+
+log = structlog.get_logger()
+
+
+class PendingStep(Protocol):
+    """A step that was started."""
+
+    def result(self) -> StepResult:
+        """Wait for its end, from any thread."""
+
+
+class DoneStep(NamedTuple):
+    """A step that ended before `start` returned."""
+
+    value: StepResult
+
+    def result(self) -> StepResult:
+        return self.value
+
+
+class StepError(Exception):
+    """A step failed, and was reported: the table cannot be trusted any more."""
+
+
+class _Started(NamedTuple):
+    epoch: int
+    command: StepCommand
+    pending: PendingStep
+
+
+class Completion:
+    """put and wait are the step loop's; the thread does the rest."""
+
+    def __init__(self, connection: Connection, progress: Progress) -> None:
+        self._connection = connection
+        self._progress = progress
+        self._started: queue.Queue[_Started | None] = queue.Queue()
+        self._thread = threading.Thread(target=self._run, name="completion", daemon=True)
+        self._thread.start()
+
+    def put(self, epoch: int, command: StepCommand, pending: PendingStep) -> None:
+        self._started.put(_Started(epoch, command, pending))
+
+    def wait(self) -> None:
+        """Return when every step that was put has ended."""
+        self._started.join()
+
+    def close(self) -> None:
+        """Send what is still to be sent, and end the thread."""
+        self._started.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        failed = False
+        while (started := self._started.get()) is not None:
+            # What follows a step that failed means nothing.
+            if not failed:
+                failed = not self._complete(started)
+            self._started.task_done()
+        self._started.task_done()
+
+    def _complete(self, started: _Started) -> bool:
+        step = started.command.step
+        try:
+            result = started.pending.result()
+        except Exception as error:
+            self._connection.interrupt(report_failure(self._connection, started.command, error))
+            return False
+        self._progress.finish(step)
+        self._connection.send(started.epoch, result)
+        if self._started.unfinished_tasks == 1 and not self._connection.has_waiting:
+            self._progress.enter(WORKER_PHASE_IDLE)
+        return True
+
+
+def report_failure(connection: Connection, command: StepCommand, error: Exception) -> StepError:
+    """Log a step that failed and tell the router; returns what ends the step loop."""
+    log.error(
+        "step failed",
+        step=command.step,
+        rows=len(command.rows),
+        tokens=sum(command.num_tokens),
+        longest_context=max(map(sum, zip(command.starts, command.num_tokens, strict=True))),
+        error=f"{type(error).__name__}: {error}",
+        exc_info=error,
+    )
+    failure = Failure(
+        kind=FAILURE_KIND_INTERNAL,
+        message=f"{type(error).__name__} in step {command.step}",
+        step=command.step,
+    )
+    connection.send(connection.epoch, failure)
+    return StepError()

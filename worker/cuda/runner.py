@@ -1,0 +1,297 @@
+"""The compute of one GPU worker: step commands in, step results out, several in flight.
+
+Owns the model, its KV cache and the sequence table on the device, and the order of a step's
+launches on one stream. Does not know where commands come from.
+
+A step is one copy of its input to the device, a kernel that applies what changed, a graph of the
+forward pass and the sampling (two where prompts take part), and one copy of the results back. A
+sampled token reaches the next step on the device, so that the next may be launched before this
+one's result is known.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import structlog
+import torch
+
+from mili.hub.folder import ModelFolder
+from mili.internal.v1.step_pb2 import (
+    ROW_FAULT_KIND_NUMERIC,
+    Ready,
+    RowFault,
+    StepCommand,
+    StepResult,
+)
+from mili.kernels.sampling import Sampler
+from mili.kernels.step import (
+    DELTAS,
+    MAX_ROWS,
+    allocate_batch,
+    allocate_sequences,
+    apply_deltas,
+    gather_faults,
+    make_batch,
+)
+from mili.worker.config import WorkerConfig
+from mili.worker.cuda.buckets import row_buckets, smallest, smallest_worth, token_buckets
+from mili.worker.cuda.graphs import Graphs
+from mili.worker.cuda.loading import load_decoder
+from mili.worker.cuda.memory import check_device, count_blocks, log_capacity, out_of_memory
+from mili.worker.cuda.staging import StepRows, order_rows, pack_deltas, pack_rows
+from mili.worker.cuda.transfer import Slot, Transfer
+from mili.worker.models.config import read_decoder_config
+from mili.worker.sequence_table import SequenceTable
+from mili.worker.startup import Startup
+
+log = structlog.get_logger()
+
+DEFAULT_STEP_TOKENS = 8192
+# Integers of a step's input that are copied at once; a step that admits more copies twice.
+_INPUT_CAPACITY = DELTAS + (1 << 16)
+# Above any pipeline depth that a router may have.
+_MAX_IN_FLIGHT = 32
+# Tokens of a step that is not recorded are padded to a multiple of this.
+_PADDING = 64
+
+
+class PendingStep(NamedTuple):
+    """A step that was launched."""
+
+    step: int
+    rows: StepRows
+    slot: Slot
+
+    def result(self) -> StepResult:
+        """Wait for the step's end. May be called from another thread."""
+        self.slot.ended.synchronize()
+        order, samples = self.rows.order, self.rows.samples
+        num_rows = len(order)
+        faulted = np.empty(num_rows, np.bool_)  # in the command's order, like all below
+        faulted[order] = self.slot.output_array[MAX_ROWS : MAX_ROWS + num_rows] != 0
+        tokens = np.full(num_rows, -1, np.int64)
+        tokens[order[samples]] = self.slot.output_array[: np.count_nonzero(samples)]
+        sampled = (tokens >= 0) & ~faulted
+        return StepResult(
+            step=self.step,
+            num_new=sampled.astype(int).tolist(),
+            token_ids=tokens[sampled].tolist(),
+            faults=[
+                RowFault(index=index, kind=ROW_FAULT_KIND_NUMERIC)
+                for index in np.flatnonzero(faulted).tolist()
+            ],
+            device_microseconds=round(self.slot.started.elapsed_time(self.slot.ended) * 1000),
+        )
+
+
+class CudaRunner:
+    """Loads a model when it is made; raises ValueError where folder, settings or GPU do not fit."""
+
+    @torch.inference_mode()
+    def __init__(self, folder: ModelFolder, config: WorkerConfig, startup: Startup) -> None:
+        if config.max_num_seqs >= MAX_ROWS:
+            raise ValueError(
+                f"--max-num-seqs {config.max_num_seqs} is too many: a GPU step has room for "
+                f"{MAX_ROWS - 1} rows"
+            )
+        decoder_config = read_decoder_config(folder.config)
+        limit = context_limit(config, decoder_config.max_position_embeddings)
+        device = self._device = torch.device("cuda", 0)
+        with startup.phase("open the GPU"):
+            check_device(device)
+            torch.cuda.set_device(device)
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._startup = startup
+        self._max_step_tokens = config.max_num_batched_tokens or DEFAULT_STEP_TOKENS
+        self._vocab_size = decoder_config.vocab_size
+        self._block_size = config.block_size
+        max_samples = min(config.max_num_seqs, self._max_step_tokens)
+        max_tokens = -(-self._max_step_tokens // _PADDING) * _PADDING
+        try:
+            self._decoder = load_decoder(
+                folder,
+                config,
+                decoder_config,
+                startup,
+                max_tokens=max_tokens,
+                max_samples=max_samples,
+                max_model_len=limit,
+                device=device,
+            )
+            self.dtype = self._decoder.dtype
+            self._sequences = allocate_sequences(
+                table_rows=config.max_num_seqs + 1,
+                max_model_len=limit,
+                max_blocks=-(-limit // config.block_size),
+                vocab_size=decoder_config.vocab_size,
+                device=device,
+            )
+            self._batch = allocate_batch(max_tokens, device)
+            self._sampler = Sampler(decoder_config.vocab_size, max_samples)
+            self._logprobs = torch.zeros(MAX_ROWS, device=device)
+            num_blocks = count_blocks(config, decoder_config, self.dtype.itemsize, device)
+            self.cache = torch.empty(
+                decoder_config.num_layers,
+                num_blocks,
+                2 * decoder_config.num_kv_heads,
+                config.block_size,
+                decoder_config.head_dim,
+                dtype=self.dtype,
+                device=device,
+            )
+            self._decoder.attach(self.cache, MAX_ROWS)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(error, device) from error
+        log_capacity(num_blocks, config.block_size)
+        self._transfer = Transfer(
+            capacity=_INPUT_CAPACITY, outputs=2 * MAX_ROWS, slots=_MAX_IN_FLIGHT, device=device
+        )
+        self._graphs = Graphs(enabled=not config.enforce_eager)
+        self._row_buckets = row_buckets(max_samples)
+        self._token_buckets = token_buckets(max_tokens)
+        self._table = SequenceTable(
+            max_rows=config.max_num_seqs + 1,
+            max_model_len=limit,
+            block_size=config.block_size,
+            num_blocks=num_blocks,
+            vocab_size=decoder_config.vocab_size,
+        )
+
+    def ready(self) -> Ready:
+        """What this worker can do, as the router has to know it."""
+        return Ready(
+            num_blocks=self.cache.shape[1],
+            block_size=self._block_size,
+            max_rows=len(self._table.num_known),
+            max_step_tokens=self._max_step_tokens,
+            max_model_len=self._table.max_model_len,
+            vocab_size=self._vocab_size,
+            startup=self._startup.phases,
+        )
+
+    def reset(self) -> None:
+        """Forget every row: a new epoch begins. No step may be in flight."""
+        self._table.reset()
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Record every graph, on a batch without rows."""
+        with self._startup.phase("record graphs"), torch.cuda.stream(self._stream):
+            slot = self._transfer.take()
+            slot.input_array[:DELTAS] = 0
+            self._transfer.begin(slot, DELTAS)
+            for size in reversed(self._row_buckets):
+                self._run(size, size, size)
+                self._sample(size)
+            for size in reversed(self._token_buckets):
+                self._run(size, 0, 0)
+            self._run(len(self._batch.token_ids), 0, 0)
+            self._transfer.end(slot)
+            slot.ended.synchronize()
+        log.info("graphs recorded", graphs=len(self._graphs))
+
+    @torch.inference_mode()
+    def start(self, command: StepCommand) -> PendingStep:
+        """Launch one step. Raises CommandError, after which nothing more may be executed."""
+        rows = order_rows(*self._table.apply(command), self._table.num_known)
+        num_samples = int(np.count_nonzero(rows.samples))
+        slot = self._transfer.take()
+        with torch.cuda.stream(self._stream), torch.cuda.nvtx.range(f"step {command.step}"):
+            self._copy_in(slot, command, rows)
+            self._run(rows.num_tokens, rows.num_decode_rows, num_samples)
+            self._transfer.end(slot)
+        self._table.advance(rows.rows, rows.starts + rows.counts, rows.samples)
+        return PendingStep(command.step, rows, slot)
+
+    def execute(self, command: StepCommand) -> StepResult:
+        """Execute one step, and wait for it."""
+        return self.start(command).result()
+
+    def _copy_in(self, slot: Slot, command: StepCommand, rows: StepRows) -> None:
+        pack_rows(rows, slot.input_array)
+        if not command.admissions and not len(self._table.appended):
+            self._transfer.begin(slot, DELTAS)
+            return
+        deltas = pack_deltas(command, self._table.appended)
+        end = DELTAS + len(deltas.values)
+        step_input = self._transfer.input
+        if end <= self._transfer.capacity:
+            slot.input_array[DELTAS:end] = deltas.values
+            self._transfer.begin(slot, end)
+        else:
+            self._transfer.begin(slot, DELTAS)
+            deltas = pack_deltas(command, self._table.appended, at=0)
+            step_input = torch.from_numpy(deltas.values).to(self._device)
+        apply_deltas(
+            step_input,
+            self._sequences,
+            num_admissions=deltas.num_admissions,
+            admissions_at=deltas.admissions_at,
+            num_appended=deltas.num_appended,
+            appended_at=deltas.appended_at,
+        )
+
+    def _run(self, num_tokens: int, num_decode_rows: int, num_samples: int) -> None:
+        """Compute the batch that the input names, in the smallest graphs that hold it."""
+        num_rows = smallest(self._row_buckets, num_decode_rows)
+        if num_rows is not None and num_tokens == num_decode_rows:
+            self._graphs.run(("decode", num_rows), partial(self._decode, num_rows))
+            return
+        padded = smallest_worth(self._token_buckets, num_tokens)
+        if padded is not None:
+            compute = partial(self._compute, padded, prefills=True)
+            self._graphs.run(("mixed", padded), compute)
+        else:
+            self._compute(-(-num_tokens // _PADDING) * _PADDING, prefills=True)
+        if num_samples:
+            self._sample(num_samples)
+        self._gather_faults()
+
+    def _decode(self, num_rows: int) -> None:
+        """A whole step in which every row has one new token; nearly all of them sample."""
+        self._compute(num_rows, prefills=False)
+        self._compute_samples(num_rows)
+        self._gather_faults()
+
+    def _compute(self, num_tokens: int, *, prefills: bool) -> None:
+        make_batch(
+            self._transfer.input,
+            self._sequences,
+            self._batch,
+            num_padded=num_tokens,
+            block_size=self._block_size,
+        )
+        self._decoder.forward(self._batch, self._sequences, num_tokens, prefills=prefills)
+
+    def _gather_faults(self) -> None:
+        gather_faults(self._batch, self._sequences.faulted, self._transfer.output[MAX_ROWS:])
+
+    def _sample(self, num_samples: int) -> None:
+        size = smallest(self._row_buckets, num_samples) or num_samples
+        self._graphs.run(("sample", size), partial(self._compute_samples, size))
+
+    def _compute_samples(self, num_samples: int) -> None:
+        self._sampler.sample(
+            self._decoder.compute_logits(num_samples),
+            self._sequences.sampling,
+            self._batch.sample_rows,
+            self._batch.sample_positions,
+            self._batch.sizes,
+            self._sequences.token_ids,
+            self._sequences.faulted,
+            self._transfer.output[:MAX_ROWS],
+            self._logprobs,
+        )
+
+
+def context_limit(config: WorkerConfig, model_limit: int) -> int:
+    """Raises ValueError where more is asked than the model can."""
+    limit = config.max_model_len or model_limit
+    if limit > model_limit:
+        raise ValueError(
+            f"--max-model-len {limit} is more than the model's own limit of {model_limit} tokens"
+        )
+    return limit
