@@ -35,6 +35,8 @@ from mili.worker.config import WorkerConfig
 _LONGEST_SOCKET_PATH = 107
 # GNU OpenMP's threads spin while they wait; unbounded, two workers starve each other.
 _SPIN_COUNT = "10000"
+# Seconds for a child to end; a trace takes a while to be written.
+_GRACE, _GRACE_WITH_TRACE = 5.0, 60.0
 
 
 def serve(config: ServeConfig) -> int:
@@ -58,6 +60,7 @@ def serve(config: ServeConfig) -> int:
 
 
 async def _serve(router: RouterConfig, workers: list[WorkerConfig]) -> int:
+    profiled = any(worker.profile for worker in workers)
     router_child = _child("router", "router", router, {})
     supervisor = Supervisor(
         router_child,
@@ -65,7 +68,7 @@ async def _serve(router: RouterConfig, workers: list[WorkerConfig]) -> int:
             _child(worker.name, "worker", worker, _resources(worker, number))
             for number, worker in enumerate(workers)
         ],
-        Patience(drain=router.drain_timeout),
+        Patience(drain=router.drain_timeout, grace=_GRACE_WITH_TRACE if profiled else _GRACE),
     )
     announcement = asyncio.create_task(_announce(router, len(workers), lambda: router_child.alive))
     try:

@@ -27,6 +27,10 @@ Argument = torch.Tensor | ctypes._SimpleCData | ctypes.Array | int | float  # ty
 class KernelError(RuntimeError):
     """A kernel could not be launched, or an earlier one broke the device's context."""
 
+    def __init__(self, message: str, kernel: str = "") -> None:
+        super().__init__(message)
+        self.kernel = kernel
+
 
 class Grid(NamedTuple):
     """Thread blocks and threads of a launch; shared: dynamic shared memory in bytes.
@@ -76,7 +80,7 @@ class Kernel:
         pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
         (status,) = driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0)
         if status != driver.CUresult.CUDA_SUCCESS:
-            raise KernelError(f"kernel {self.name} {grid}: {status.name}")
+            raise KernelError(f"kernel {self.name} {grid}: {status.name}", self.name)
 
     def _configure(self, grid: Grid, stream: int) -> driver.CUlaunchConfig:
         if grid.shared > self._shared_limit:

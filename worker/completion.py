@@ -98,14 +98,15 @@ class Completion:
 
 def report_failure(connection: Connection, command: StepCommand, error: Exception) -> StepError:
     """Log a step that failed and tell the router; returns what ends the step loop."""
-    log.error(
-        "step failed",
+    log.error("step failed", step=command.step, exc_info=error)
+    log.critical(
+        "the worker ends: what it holds cannot be trusted any more",
+        error=f"{type(error).__name__}: {str(error).partition(chr(10))[0]}",
         step=command.step,
         rows=len(command.rows),
         tokens=sum(command.num_tokens),
         longest_context=max(map(sum, zip(command.starts, command.num_tokens, strict=True))),
-        error=f"{type(error).__name__}: {error}",
-        exc_info=error,
+        **_kernel(error),
     )
     failure = Failure(
         kind=FAILURE_KIND_INTERNAL,
@@ -114,3 +115,12 @@ def report_failure(connection: Connection, command: StepCommand, error: Exceptio
     )
     connection.send(connection.epoch, failure)
     return StepError()
+
+
+def _kernel(error: Exception) -> dict[str, str]:
+    """Which kernel failed, where a GPU did."""
+    if kernel := getattr(error, "kernel", ""):
+        return {"kernel": kernel}
+    if "CUDA" in str(error):
+        return {"kernel": "unknown: --enforce-eager with CUDA_LAUNCH_BLOCKING=1 names it"}
+    return {}

@@ -9,8 +9,8 @@ import psutil
 import pytest
 import torch
 
-from mili.worker.cpu import kv_cache
 from mili.worker.config import WorkerConfig
+from mili.worker.cpu import kv_cache
 from mili.worker.cpu.kv_cache import KVCache, count_blocks
 from mili.worker.models.config import DecoderConfig
 from mili.worker.models.rope import Rope

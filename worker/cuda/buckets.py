@@ -19,8 +19,13 @@ _TOKENS = (16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 409
 
 
 def row_buckets(max_rows: int) -> tuple[int, ...]:
-    """Sizes of decode steps and of samples, up to max_rows."""
+    """Sizes of decode steps, up to max_rows."""
     return _up_to(_ROWS, min(max_rows, MAX_GRAPH_ROWS))
+
+
+def sample_buckets(max_samples: int) -> tuple[int, ...]:
+    """Numbers of samples, up to max_samples."""
+    return _up_to((*_ROWS, *range(MAX_GRAPH_ROWS + 64, max_samples, 64)), max_samples)
 
 
 def token_buckets(max_tokens: int) -> tuple[int, ...]:

@@ -37,7 +37,13 @@ from mili.kernels.step import (
     make_batch,
 )
 from mili.worker.config import WorkerConfig
-from mili.worker.cuda.buckets import row_buckets, smallest, smallest_worth, token_buckets
+from mili.worker.cuda.buckets import (
+    row_buckets,
+    sample_buckets,
+    smallest,
+    smallest_worth,
+    token_buckets,
+)
 from mili.worker.cuda.graphs import Graphs
 from mili.worker.cuda.loading import load_decoder
 from mili.worker.cuda.memory import check_device, count_blocks, log_capacity, out_of_memory
@@ -151,6 +157,7 @@ class CudaRunner:
         )
         self._graphs = Graphs(enabled=not config.enforce_eager)
         self._row_buckets = row_buckets(max_samples)
+        self._sample_buckets = sample_buckets(max_samples)
         self._token_buckets = token_buckets(max_tokens)
         self._table = SequenceTable(
             max_rows=config.max_num_seqs + 1,
@@ -185,6 +192,7 @@ class CudaRunner:
             self._transfer.begin(slot, DELTAS)
             for size in reversed(self._row_buckets):
                 self._run(size, size, size)
+            for size in reversed(self._sample_buckets):
                 self._sample(size)
             for size in reversed(self._token_buckets):
                 self._run(size, 0, 0)
@@ -270,7 +278,8 @@ class CudaRunner:
         gather_faults(self._batch, self._sequences.faulted, self._transfer.output[MAX_ROWS:])
 
     def _sample(self, num_samples: int) -> None:
-        size = smallest(self._row_buckets, num_samples) or num_samples
+        size = smallest(self._sample_buckets, num_samples)
+        assert size is not None, num_samples
         self._graphs.run(("sample", size), partial(self._compute_samples, size))
 
     def _compute_samples(self, num_samples: int) -> None:
