@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import sys
@@ -47,9 +48,21 @@ def settings(variables: Mapping[str, str]) -> dict[str, str]:
     return {name.removeprefix("MILI_").lower(): variables[name] for name in names}
 
 
-@pytest.fixture(scope="module")
-def compose() -> Any:  # noqa: ANN401
-    return yaml.safe_load((ROOT / "deploy/compose.yaml").read_text())
+@pytest.fixture(scope="module", params=["cpu", "gpu"])
+def compose(request: pytest.FixtureRequest) -> Any:  # noqa: ANN401
+    names = ["compose.yaml", *(["compose.gpu.yaml"] if request.param == "gpu" else [])]
+    files = [yaml.safe_load((ROOT / "deploy" / name).read_text()) for name in names]
+    return functools.reduce(merge, files)
+
+
+def merge(base: Any, override: Any) -> Any:  # noqa: ANN401
+    """What Compose makes of two files."""
+    if isinstance(base, dict) and isinstance(override, dict):
+        both = {key: merge(base[key], override[key]) for key in base.keys() & override.keys()}
+        return base | override | both
+    if isinstance(base, list) and isinstance(override, list):
+        return base + override
+    return override
 
 
 @pytest.mark.parametrize("role", CONFIGS)
@@ -116,9 +129,11 @@ def test_compose_refers_to_what_exists(compose: Any) -> None:  # noqa: ANN401
         dockerfile = (ROOT / "deploy" / build["context"] / build["dockerfile"]).resolve()
         assert dockerfile.parent == ROOT
         role = dockerfile.suffix.removeprefix(".")
-        assert service["image"] == f"mili-{role}:{PROJECT['version']}"
+        build_args = build.get("args", {})
+        name = f"mili-{role}" + ("-cuda13" if "EXTRAS" in build_args else "")
+        assert service["image"] == f"{name}:{PROJECT['version']}"
         arguments = {text.split("=")[0] for name, text in instructions(role) if name == "ARG"}
-        assert set(build.get("args", {})) <= arguments
+        assert set(build_args) <= arguments
         assert service["read_only"]
         assert service["cap_drop"] == ["ALL"]
         assert "no-new-privileges:true" in service["security_opt"]
@@ -126,6 +141,31 @@ def test_compose_refers_to_what_exists(compose: Any) -> None:  # noqa: ANN401
     assert link == environment("router")["MILI_WORKER_LINK"].replace("0.0.0.0", "router")
     drain = float(services["router"]["environment"]["MILI_DRAIN_TIMEOUT"])
     assert drain < float(services["router"]["stop_grace_period"].removesuffix("s"))
+
+
+def test_compose_gives_a_gpu_to_what_needs_one() -> None:
+    override = yaml.safe_load((ROOT / "deploy/compose.gpu.yaml").read_text())
+    model, worker = override["services"]["model"], override["services"]["worker"]
+    assert model["build"] == worker["build"]
+    assert model["image"] == worker["image"]
+    extras = worker["build"]["args"]["EXTRAS"].split(",")
+    assert set(extras) == {"worker", "cuda13"} <= PROJECT["optional-dependencies"].keys()
+    config = WorkerConfig.model_validate({"model": "m", **settings(worker["environment"])})
+    assert config.device == "cuda"
+    (device,) = worker["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+    assert "deploy" not in model
+    (cache,) = worker["volumes"]
+    assert cache.split(":")[1] == environment("worker")["CUPY_CACHE_DIR"]
+
+
+def test_worker_image_asks_for_what_cuda_needs() -> None:
+    """And for no GPU: that is for whoever starts the container to say."""
+    given = environment("worker")
+    assert given["NVIDIA_DRIVER_CAPABILITIES"] == "compute,utility"
+    assert "NVIDIA_VISIBLE_DEVICES" not in given
+    (made,) = (text for name, text in instructions("worker") if "install --directory" in text)
+    assert given["CUPY_CACHE_DIR"] in made.split()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,9 @@ from tests.external_tool import run_tool
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "deploy/kubernetes"
-FOLDERS = ("base", "model")
+# Those that run a router and workers, and the one that makes a model.
+SERVING = ("base", "gpu")
+FOLDERS = (*SERVING, "model")
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
@@ -58,18 +61,19 @@ class Manifests:
         return {name.removeprefix("MILI_").lower(): value for name, value in variables.items()}
 
 
-@pytest.fixture(scope="module")
-def manifests() -> Manifests:
-    folders = ("base", "model")
-    return Manifests(
-        "---\n".join(run_tool("kubectl", "kustomize", KUBERNETES / f) for f in folders)
-    )
+def build(folder: str) -> str:
+    return run_tool("kubectl", "kustomize", KUBERNETES / folder)
+
+
+@pytest.fixture(scope="module", params=SERVING)
+def manifests(request: pytest.FixtureRequest) -> Manifests:
+    return Manifests("---\n".join(build(folder) for folder in (request.param, "model")))
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_valid(folder: str, tmp_path: Path) -> None:
     built = tmp_path / "built.yaml"
-    built.write_text(run_tool("kubectl", "kustomize", KUBERNETES / folder))
+    built.write_text(build(folder))
     run_tool("kubernetes-validate", "--strict", built)
 
 
@@ -132,7 +136,9 @@ def test_pods_are_locked_down(manifests: Manifests) -> None:
         assert spec["securityContext"]["runAsUser"] == 10001
         assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         for container in spec["containers"]:
-            assert container["image"] in (f"mili-router:{VERSION}", f"mili-worker:{VERSION}")
+            name, _, tag = container["image"].partition(":")
+            assert name in ("mili-router", "mili-worker", "mili-worker-cuda13")
+            assert tag == VERSION
             assert container["securityContext"] == {
                 "allowPrivilegeEscalation": False,
                 "readOnlyRootFilesystem": True,
@@ -140,6 +146,33 @@ def test_pods_are_locked_down(manifests: Manifests) -> None:
             }
             mounted = {mount["name"] for mount in container["volumeMounts"]}
             assert mounted == {volume["name"] for volume in spec["volumes"]}
+
+
+def test_a_gpu_worker_differs_in_its_gpu_alone() -> None:
+    base, gpu = Manifests(build("base")), Manifests(build("gpu"))
+    assert gpu.container("router") == base.container("router")
+    cpu_settings, gpu_settings = base.settings("worker"), gpu.settings("worker")
+    assert gpu_settings.pop("device") == "cuda"
+    # A default that fits the container: all that the GPU has left.
+    del cpu_settings["kv_cache_memory_bytes"]
+    del cpu_settings["num_threads"], gpu_settings["num_threads"]
+    assert gpu_settings == cpu_settings
+    container = gpu.container("worker")
+    assert container["image"].startswith("mili-worker-cuda13:")
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
+    # Where all GPUs are in use, a pod more than there were would wait for ever.
+    update = gpu.get("Deployment", "mili-worker")["spec"]["strategy"]["rollingUpdate"]
+    assert update == {"maxSurge": 0, "maxUnavailable": 1}
+    mounts = {mount["mountPath"]: mount for mount in container["volumeMounts"]}
+    cache = mounts[cupy_cache_folder()]
+    assert not cache.get("readOnly")
+    assert {"name": cache["name"], "emptyDir": {}} in gpu.pod("worker")["spec"]["volumes"]
+
+
+def cupy_cache_folder() -> str:
+    """Where the image keeps compiled kernels."""
+    (folder,) = re.findall(r"CUPY_CACHE_DIR=(\S+)", (ROOT / "Dockerfile.worker").read_text())
+    return str(folder)
 
 
 def test_no_secret_is_committed(manifests: Manifests) -> None:
