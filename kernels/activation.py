@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from mili.kernels.checks import VECTOR, check, require
 from mili.kernels.module import Constant, Grid, dtype_name, load
 
 _THREADS = 256
@@ -15,8 +16,11 @@ _ELEMENTS = 16  # of the output, a thread's
 
 def constants(dtype: torch.dtype, size: int) -> dict[str, Constant]:
     """What "activation" is compiled with for outputs of `size` elements. Raises ValueError."""
-    if size <= 0 or size % 8:
-        raise ValueError(f"a token's output must be a multiple of 8 elements, not {size}")
+    require(
+        size > 0 and size % 8 == 0,
+        "a token's output must be a multiple of 8 elements, not {}",
+        size,
+    )
     return {"SCALAR": dtype_name(dtype), "SIZE": size}
 
 
@@ -27,12 +31,8 @@ def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor, *, overlap: bool = Fa
     contiguous. overlap: as in norm.py. Raises ValueError.
     """
     tokens, size = out.shape
-    if gate_up.shape != (tokens, 2 * size):
-        raise ValueError(f"gate_up {list(gate_up.shape)} does not fit out {list(out.shape)}")
-    if (gate_up.dtype, gate_up.device) != (out.dtype, out.device):
-        raise ValueError(f"gate_up is {gate_up.dtype} on {gate_up.device}, out {out.dtype}")
-    if not (gate_up.is_contiguous() and out.is_contiguous()):
-        raise ValueError("gate_up and out must be contiguous")
+    check("out", out, out.shape, out.dtype, out.device, alignment=VECTOR)
+    check("gate_up", gate_up, (tokens, 2 * size), out.dtype, out.device, alignment=VECTOR)
     blocks = -(-tokens * size // (_ELEMENTS * _THREADS))
     load("activation", **constants(out.dtype, size))["silu_and_mul"].launch(
         Grid((blocks, 1, 1), _THREADS, overlap=overlap), gate_up, out, tokens

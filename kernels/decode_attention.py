@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from mili.kernels.checks import VECTOR, check, require
 from mili.kernels.module import Constant, Grid, dtype_name, load
 
 NAME = "decode_attention"  # of the source
@@ -27,15 +28,18 @@ def constants(
     max_rows: int,
 ) -> dict[str, Constant]:
     """What `load` and `load_all` compile the source with. Raises ValueError."""
-    _require(
+    require(
         kv_heads > 0 and num_heads % kv_heads == 0 and 1 <= num_heads // kv_heads <= _MAX_GROUP,
-        f"{num_heads} heads must be 1 to {_MAX_GROUP} times the {kv_heads} KV heads",
+        "{} heads must be 1 to {} times the {} KV heads",
+        num_heads,
+        _MAX_GROUP,
+        kv_heads,
     )
-    _require(head_dim in _BLOCKS_PER_SM, f"head_dim {head_dim} is neither 64 nor 128")
-    _require(
-        block_size > 0 and block_size % 16 == 0, f"block_size {block_size} is no multiple of 16"
+    require(head_dim in _BLOCKS_PER_SM, "head_dim {} is neither 64 nor 128", head_dim)
+    require(
+        block_size > 0 and block_size % 16 == 0, "block_size {} is no multiple of 16", block_size
     )
-    _require(0 < max_rows <= 1024, f"max_rows {max_rows} is not in 1 .. 1024")
+    require(0 < max_rows <= 1024, "max_rows {} is not in 1 .. 1024", max_rows)
     return {
         "SCALAR": dtype_name(dtype),
         "HEADS": num_heads,
@@ -113,16 +117,18 @@ class DecodeAttention:
         """
         tokens, heads, size = len(qkv), self._num_heads, self._head_dim
         page = (2 * self._kv_heads, self._block_size, size)
-        _require(cache.ndim == 4, "cache must be [num_blocks, 2 * kv_heads, block_size, head_dim]")
-        _require(block_tables.ndim == 2, "block_tables must be [table_rows, max_blocks]")
-        self._check("qkv", qkv, (tokens, heads + 2 * self._kv_heads, size), self._dtype)
-        self._check("cache", cache, (len(cache), *page), self._dtype)
-        self._check("out", out, (tokens, heads * size), self._dtype)
-        self._check("block_tables", block_tables, tuple(block_tables.shape), torch.int32)
-        self._check("rows", rows, (self._max_rows,), torch.int32)
-        self._check("starts", starts, (self._max_rows,), torch.int32)
-        self._check("sizes", sizes, (4,), torch.int32)
-        self._check("page_offsets", page_offsets, (self._max_rows + 1,), torch.int32)
+        require(cache.ndim == 4, "cache must be [num_blocks, 2 * kv_heads, block_size, head_dim]")
+        require(block_tables.ndim == 2, "block_tables must be [table_rows, max_blocks]")
+        qkv_shape = (tokens, heads + 2 * self._kv_heads, size)
+        dtype, device = self._dtype, self._device
+        check("qkv", qkv, qkv_shape, dtype, device, alignment=VECTOR)
+        check("cache", cache, (len(cache), *page), dtype, device, alignment=VECTOR)
+        check("out", out, (tokens, heads * size), dtype, device, alignment=VECTOR)
+        check("block_tables", block_tables, block_tables.shape, torch.int32, device)
+        check("rows", rows, (self._max_rows,), torch.int32, device)
+        check("starts", starts, (self._max_rows,), torch.int32, device)
+        check("sizes", sizes, (4,), torch.int32, device)
+        check("page_offsets", page_offsets, (self._max_rows + 1,), torch.int32, device)
         self._kernel.launch(
             self._grid,
             qkv,
@@ -137,18 +143,3 @@ class DecodeAttention:
             self.counters,
             block_tables.shape[1],
         )
-
-    def _check(
-        self, name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> None:
-        fits = tensor.shape == shape and tensor.dtype == dtype and tensor.device == self._device
-        if not (fits and tensor.is_contiguous()):
-            raise ValueError(
-                f"{name} must be contiguous {list(shape)} {dtype} on {self._device}, "
-                f"not {list(tensor.shape)} {tensor.dtype} on {tensor.device}"
-            )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

@@ -26,6 +26,7 @@ import functools
 
 import torch
 
+from mili.kernels.checks import VECTOR, check, require
 from mili.kernels.module import Argument, Constant, Grid, dtype_name, load
 
 MAX_ROWS = 4
@@ -44,10 +45,8 @@ def constants(dtype: torch.dtype, *, rows: int, units: int, k: int) -> dict[str,
 
     units: pairs of weight rows that warps take: ceil(n / 2), for SwiGLU n.
     """
-    if not 1 <= rows <= MAX_ROWS:
-        raise ValueError(f"x must have 1 to {MAX_ROWS} rows, not {rows}")
-    if k <= 0 or k % 8:
-        raise ValueError(f"a row must have a multiple of 8 elements, not {k}")
+    require(1 <= rows <= MAX_ROWS, "x must have 1 to {} rows, not {}", MAX_ROWS, rows)
+    require(k > 0 and k % 8 == 0, "a row must have a multiple of 8 elements, not {}", k)
     processors = _multiprocessors(torch.cuda.current_device())
     split = 1
     while split < _WARPS:
@@ -157,27 +156,10 @@ def _check(
     n: int,
     out_dtype: torch.dtype | None = None,
 ) -> None:
-    if x.ndim != 2:
-        raise ValueError(f"x must be [rows, k], not {list(x.shape)}")
-    if out.data_ptr() == x.data_ptr():
-        raise ValueError("out must not be x, which every thread block reads")
-    _check_one("x", x, tuple(x.shape), x.dtype, x.device)
-    _check_one("out", out, (len(x), n), out_dtype or x.dtype, x.device)
+    require(x.ndim == 2, "x must be [rows, k], not {}", x.shape)
+    require(out.data_ptr() != x.data_ptr(), "out must not be x, which every thread block reads")
+    check("x", x, x.shape, x.dtype, x.device, alignment=VECTOR)
+    check("out", out, (len(x), n), out_dtype or x.dtype, x.device, alignment=VECTOR)
     for name, (tensor, shape) in others.items():
         if tensor is not None:
-            _check_one(name, tensor, shape, x.dtype, x.device)
-
-
-def _check_one(
-    name: str,
-    tensor: torch.Tensor,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    aligned = tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
-    if (tuple(tensor.shape), tensor.dtype, tensor.device, aligned) != (shape, dtype, device, True):
-        raise ValueError(
-            f"{name} must be {dtype} {list(shape)}, contiguous and aligned, on {device}, not "
-            f"{tensor.dtype} {list(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
-        )
+            check(name, tensor, shape, x.dtype, x.device, alignment=VECTOR)

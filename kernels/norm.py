@@ -13,6 +13,7 @@ import ctypes
 
 import torch
 
+from mili.kernels.checks import VECTOR, check, require
 from mili.kernels.module import Constant, Grid, Kernel, dtype_name, load
 
 _MAX_THREADS = 1024
@@ -20,8 +21,7 @@ _MAX_THREADS = 1024
 
 def constants(dtype: torch.dtype, size: int) -> dict[str, Constant]:
     """What "norm" is compiled with for tokens of `size` elements. Raises ValueError."""
-    if size <= 0 or size % 8:
-        raise ValueError(f"a token must have a multiple of 8 elements, not {size}")
+    require(size > 0 and size % 8 == 0, "a token must have a multiple of 8 elements, not {}", size)
     # Sixteen elements a thread: two loads in flight each.
     threads = min(-(-size // (16 * 32)) * 32, _MAX_THREADS)
     return {"SCALAR": dtype_name(dtype), "SIZE": size, "THREADS": threads}
@@ -82,7 +82,7 @@ def embed_rms_norm(
         weight=(weight, x.shape[1:]),
         out=(out, x.shape),
     )
-    _check_ints(x, token_ids=(token_ids, x.shape[:1]))
+    check("token_ids", token_ids, x.shape[:1], torch.int32, x.device)
     kernel, grid = _kernel("embed_rms_norm", x, overlap=False)
     kernel.launch(grid, token_ids, embedding, weight, x, out, epsilon)
 
@@ -112,13 +112,10 @@ def final_norm(
     _check(x, weight=(weight, x.shape[1:]), out=(out, (len(out), *x.shape[1:])))
     if delta is not None:
         _check(x, delta=(delta, x.shape))
-    _check_ints(
-        x,
-        token_rows=(token_rows, x.shape[:1]),
-        sample_index=(sample_index, x.shape[:1]),
-        faulted=(faulted, (len(faulted),)),
-        sizes=(sizes, (len(sizes),)),
-    )
+    check("token_rows", token_rows, x.shape[:1], torch.int32, x.device)
+    check("sample_index", sample_index, x.shape[:1], torch.int32, x.device)
+    check("faulted", faulted, (len(faulted),), torch.int32, x.device)
+    check("sizes", sizes, (len(sizes),), torch.int32, x.device)
     kernel, grid = _kernel("final_norm", x, overlap)
     kernel.launch(
         grid,
@@ -142,30 +139,7 @@ def _kernel(name: str, x: torch.Tensor, overlap: bool) -> tuple[Kernel, Grid]:
 
 
 def _check(x: torch.Tensor, **others: tuple[torch.Tensor, tuple[int, ...]]) -> None:
-    if x.ndim != 2:
-        raise ValueError(f"x must be [tokens, size], not {list(x.shape)}")
-    for name, (tensor, shape) in {"x": (x, tuple(x.shape)), **others}.items():
-        aligned = tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
-        given = tuple(tensor.shape), tensor.dtype, tensor.device, aligned
-        if given != (tuple(shape), x.dtype, x.device, True):
-            _refuse(name, tensor, shape, x.dtype, x.device)
-
-
-def _check_ints(x: torch.Tensor, **others: tuple[torch.Tensor, tuple[int, ...]]) -> None:
+    require(x.ndim == 2, "x must be [tokens, size], not {}", x.shape)
+    check("x", x, x.shape, x.dtype, x.device, alignment=VECTOR)
     for name, (tensor, shape) in others.items():
-        given = tuple(tensor.shape), tensor.dtype, tensor.device, tensor.is_contiguous()
-        if given != (tuple(shape), torch.int32, x.device, True):
-            _refuse(name, tensor, shape, torch.int32, x.device)
-
-
-def _refuse(
-    name: str,
-    tensor: torch.Tensor,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
-    raise ValueError(
-        f"{name} must be {dtype} {list(shape)}, contiguous and aligned, on {device}, not "
-        f"{tensor.dtype} {list(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
-    )
+        check(name, tensor, shape, x.dtype, x.device, alignment=VECTOR)

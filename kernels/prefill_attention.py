@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from cuda.bindings import driver
 
+from mili.kernels.checks import VECTOR, check, require
 from mili.kernels.module import Argument, Constant, Grid, KernelError, dtype_name, load
 
 TILE = 128  # queries of one work item: what `tile_offsets` counts
@@ -38,11 +39,11 @@ def source(
 
     use_hopper: None is what the current device allows.
     """
-    _require(head_dim in _HEAD_DIMS, f"head_dim {head_dim} is neither 64 nor 128")
+    require(head_dim in _HEAD_DIMS, "head_dim {} is neither 64 nor 128", head_dim)
     is_hopper = torch.cuda.get_device_capability() == (9, 0)
     if use_hopper is None:
         use_hopper = is_hopper
-    _require(is_hopper or not use_hopper, "this device does not run the Hopper kernel")
+    require(is_hopper or not use_hopper, "this device does not run the Hopper kernel")
     name = _HOPPER if use_hopper else _PORTABLE
     return name, {"SCALAR": dtype_name(dtype), "HEAD_DIM": head_dim}
 
@@ -64,7 +65,7 @@ class PrefillAttention:
         queries; whole_cache: [layers, num_blocks, 2 * kv_heads, block_size, head_dim], keys before
         values. Both contiguous, bfloat16 or float16, on the current device.
         """
-        _require(whole_cache.ndim == 5, "whole_cache must have 5 dimensions")
+        require(whole_cache.ndim == 5, "whole_cache must have 5 dimensions")
         _, _, cache_heads, block_size, head_dim = whole_cache.shape
         _check_heads(num_heads, cache_heads, block_size)
         name, constants = source(whole_cache.dtype, head_dim, use_hopper=use_hopper)
@@ -72,8 +73,9 @@ class PrefillAttention:
         self._num_heads, self._kv_heads, self._head_dim = num_heads, cache_heads // 2, head_dim
         self._qkv, self._cache = qkv_buffer, whole_cache
         qkv_shape = (len(qkv_buffer), num_heads + cache_heads, head_dim)
-        self._check("qkv_buffer", qkv_buffer, qkv_shape, whole_cache.dtype)
-        self._check("whole_cache", whole_cache, tuple(whole_cache.shape), whole_cache.dtype)
+        dtype, device = whole_cache.dtype, self._device
+        check("qkv_buffer", qkv_buffer, qkv_shape, dtype, device, alignment=VECTOR)
+        check("whole_cache", whole_cache, whole_cache.shape, dtype, device, alignment=VECTOR)
         # Work items taken and thread blocks done; zero before and after every launch.
         self.scheduler = torch.zeros(2, dtype=torch.int32, device=self._device)
         self._is_hopper = name == _HOPPER
@@ -116,18 +118,18 @@ class PrefillAttention:
         One launch whatever the batch: a captured one serves any other. Raises ValueError. After
         FlashAttention-3 (Shah et al. 2024) and FlashAttention-2 (Dao 2023).
         """
-        _require(0 <= layer < len(self._cache), f"layer {layer} is not in the cache")
-        _require(block_tables.ndim == 2, "block_tables must be [table_rows, max_blocks]")
-        max_rows = (len(rows),)
-        self._check("block_tables", block_tables, tuple(block_tables.shape), torch.int32)
-        self._check("rows", rows, max_rows, torch.int32)
-        self._check("starts", starts, max_rows, torch.int32)
-        self._check("counts", counts, max_rows, torch.int32)
-        self._check("first_tokens", first_tokens, max_rows, torch.int32)
-        self._check("sizes", sizes, (4,), torch.int32)
-        self._check("tile_offsets", tile_offsets, (len(rows) + 1,), torch.int32)
+        require(0 <= layer < len(self._cache), "layer {} is not in the cache", layer)
+        require(block_tables.ndim == 2, "block_tables must be [table_rows, max_blocks]")
+        max_rows, device = (len(rows),), self._device
+        check("block_tables", block_tables, block_tables.shape, torch.int32, device)
+        check("rows", rows, max_rows, torch.int32, device)
+        check("starts", starts, max_rows, torch.int32, device)
+        check("counts", counts, max_rows, torch.int32, device)
+        check("first_tokens", first_tokens, max_rows, torch.int32, device)
+        check("sizes", sizes, (4,), torch.int32, device)
+        check("tile_offsets", tile_offsets, (len(rows) + 1,), torch.int32, device)
         out_shape = (len(out), self._num_heads * self._head_dim)
-        self._check("out", out, out_shape, self._cache.dtype)
+        check("out", out, out_shape, self._cache.dtype, device, alignment=VECTOR)
         inputs: tuple[Argument, ...]
         if self._is_hopper:
             inputs = (*self._maps, layer * self._cache.shape[1])
@@ -150,18 +152,6 @@ class PrefillAttention:
             self.scheduler,
             out,
         )
-
-    def _check(
-        self, name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> None:
-        fits = tensor.shape == shape and tensor.dtype == dtype and tensor.device == self._device
-        if not (fits and tensor.is_contiguous()):
-            raise ValueError(
-                f"{name} must be contiguous {list(shape)} {dtype} on {self._device}, "
-                f"not {list(tensor.shape)} {tensor.dtype} on {tensor.device}"
-            )
-        if dtype in _TENSOR_TYPES and tensor.data_ptr() % 16:
-            raise ValueError(f"{name} must begin at a multiple of 16 bytes")
 
 
 def _tensor_map(tensor: torch.Tensor, box: Sequence[int]) -> ctypes.Array[ctypes.c_uint64]:
@@ -195,20 +185,21 @@ def _tensor_map(tensor: torch.Tensor, box: Sequence[int]) -> ctypes.Array[ctypes
 
 def _check_heads(num_heads: int, cache_heads: int, block_size: int) -> None:
     kv_heads = cache_heads // 2
-    _require(
+    require(
         cache_heads > 0 and cache_heads % 2 == 0,
-        f"whole_cache must hold keys and values, not {cache_heads} heads",
+        "whole_cache must hold keys and values, not {} heads",
+        cache_heads,
     )
-    _require(
+    require(
         num_heads % kv_heads == 0 and 1 <= num_heads // kv_heads <= _MAX_GROUP,
-        f"{num_heads} heads must be 1 to {_MAX_GROUP} times the {kv_heads} KV heads",
+        "{} heads must be 1 to {} times the {} KV heads",
+        num_heads,
+        _MAX_GROUP,
+        kv_heads,
     )
-    _require(
+    require(
         block_size > 0 and block_size % _PAGE == 0,
-        f"block_size {block_size} is no multiple of {_PAGE}",
+        "block_size {} is no multiple of {}",
+        block_size,
+        _PAGE,
     )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

@@ -15,6 +15,8 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
+from mili.kernels.checks import require
+
 IntArray = npt.NDArray[np.int64]
 
 # Rows attend together if padding at most doubles what is read for one of them; when the longest is
@@ -27,7 +29,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Ten
 
     x: [..., size] float32 or bfloat16; weight: [size] of x's dtype. Zhang & Sennrich 2019.
     """
-    _require(weight.shape == x.shape[-1:] and weight.dtype == x.dtype, "weight must fit x")
+    require(weight.shape == x.shape[-1:] and weight.dtype == x.dtype, "weight must fit x")
     return functional.rms_norm(x, weight.shape, weight, epsilon)
 
 
@@ -36,13 +38,13 @@ def head_norm_(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> None:
 
     x: [tokens, heads, head_dim]; weight: [heads, head_dim] of x's dtype.
     """
-    _require(weight.shape == x.shape[1:] and weight.dtype == x.dtype, "weight must fit x")
+    require(weight.shape == x.shape[1:] and weight.dtype == x.dtype, "weight must fit x")
     torch.mul(functional.rms_norm(x, x.shape[-1:], None, epsilon), weight, out=x)
 
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """Return silu(gate) * up, [tokens, size], for gate_up [tokens, 2 * size] (SwiGLU)."""
-    _require(gate_up.ndim == 2 and gate_up.shape[1] % 2 == 0, "gate_up must be [tokens, 2 * size]")
+    require(gate_up.ndim == 2 and gate_up.shape[1] % 2 == 0, "gate_up must be [tokens, 2 * size]")
     gate, up = gate_up.chunk(2, dim=1)
     return functional.silu(gate).mul_(up)
 
@@ -64,7 +66,7 @@ def rope_angles(
 
     attention_factor: multiplies what is rotated (YaRN).
     """
-    _require(inverse_frequencies.dtype == torch.float32, "inverse_frequencies must be float32")
+    require(inverse_frequencies.dtype == torch.float32, "inverse_frequencies must be float32")
     angles = positions[:, None].float() * inverse_frequencies
     cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
     return RopeAngles(
@@ -78,7 +80,7 @@ def rope_(x: torch.Tensor, angles: RopeAngles) -> None:
 
     x: [tokens, heads, head_dim], heads contiguous. Su et al. 2021, in Hugging Face's layout.
     """
-    _require(x.ndim == 3 and x.shape[0] == angles.cos.shape[0], "x must be [tokens, heads, dim]")
+    require(x.ndim == 3 and x.shape[0] == angles.cos.shape[0], "x must be [tokens, heads, dim]")
     halves = x.view(*x.shape[:2], 2, x.shape[2] // 2)
     swapped = halves.flip(2)
     halves.mul_(angles.cos).addcmul_(swapped, angles.sin)
@@ -90,7 +92,7 @@ def write_kv(kv: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None
     kv: [tokens, 2 * kv_heads, head_dim], keys first; slots: [tokens] int64, block * block_size +
     offset; cache: one layer's [2 * kv_heads, num_blocks, block_size, head_dim].
     """
-    _require(kv.shape[1:] == (cache.shape[0], cache.shape[3]), "kv must fit the cache")
+    require(kv.shape[1:] == (cache.shape[0], cache.shape[3]), "kv must fit the cache")
     cache.flatten(1, 2).index_copy_(1, slots, kv.transpose(0, 1))
 
 
@@ -180,7 +182,7 @@ def paged_attention(
     """
     tokens, heads, head_dim = queries.shape
     kv_heads = cache.shape[0] // 2
-    _require(heads % kv_heads == 0 and cache.shape[3] == head_dim, "queries must fit the cache")
+    require(heads % kv_heads == 0 and cache.shape[3] == head_dim, "queries must fit the cache")
     output = queries.new_zeros(tokens, heads * head_dim)
     for group in groups:
         here = slice(group.first_token, group.first_token + group.rows * group.width)
@@ -214,8 +216,3 @@ def _attend(
         is_causal=mask is None and width > 1,
         enable_gqa=q.shape[2] != keys.shape[1],
     ).transpose(1, 2)
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

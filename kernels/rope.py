@@ -10,6 +10,7 @@ import ctypes
 
 import torch
 
+from mili.kernels.checks import VECTOR, check, require
 from mili.kernels.module import Constant, Grid, dtype_name, load
 
 _THREADS = 256
@@ -24,8 +25,10 @@ def rope_table(
     inverse_frequencies: [head_dim / 2] float32, radians per position, scaling included. Returns
     [length, head_dim / 2, 2] float32 on their device. Angles are float32, as in reference.py.
     """
-    if inverse_frequencies.ndim != 1 or inverse_frequencies.dtype != torch.float32:
-        raise ValueError("inverse_frequencies must be [head_dim / 2] float32")
+    require(
+        inverse_frequencies.ndim == 1 and inverse_frequencies.dtype == torch.float32,
+        "inverse_frequencies must be [head_dim / 2] float32",
+    )
     positions = torch.arange(length, dtype=torch.float32, device=inverse_frequencies.device)
     angles = positions[:, None] * inverse_frequencies
     return torch.stack((angles.cos(), angles.sin()), dim=-1).mul_(attention_factor)
@@ -35,8 +38,7 @@ def constants(
     dtype: torch.dtype, *, head_dim: int, num_heads: int, num_kv_heads: int, block_size: int
 ) -> dict[str, Constant]:
     """What "rope" is compiled with. Raises ValueError."""
-    if head_dim not in (64, 128):
-        raise ValueError(f"head_dim must be 64 or 128, not {head_dim}")
+    require(head_dim in (64, 128), "head_dim must be 64 or 128, not {}", head_dim)
     return {
         "SCALAR": dtype_name(dtype),
         "HEAD_DIM": head_dim,
@@ -72,18 +74,25 @@ def qk_norm_rope_write(
     """
     tokens, all_heads, head_dim = qkv.shape
     num_kv_heads, block_size = cache.shape[1] // 2, cache.shape[2]
-    if all_heads != num_heads + 2 * num_kv_heads:
-        raise ValueError(f"{all_heads} heads in qkv, but {num_heads} + 2 * {num_kv_heads} expected")
-    if (q_norm is None) != (k_norm is None):
-        raise ValueError("q_norm and k_norm must be given together")
-    _check("qkv", qkv, tuple(qkv.shape), qkv.dtype, qkv)
-    _check("cache", cache, (len(cache), 2 * num_kv_heads, block_size, head_dim), qkv.dtype, qkv)
-    for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
-        if norm is not None:
-            _check(name, norm, (head_dim,), qkv.dtype, qkv)
-    _check("cos_sin", cos_sin, (len(cos_sin), head_dim // 2, 2), torch.float32, qkv)
-    _check("positions", positions, (tokens,), torch.int32, qkv)
-    _check("slots", slots, (tokens,), torch.int32, qkv)
+    require(
+        all_heads == num_heads + 2 * num_kv_heads,
+        "{} heads in qkv, but {} + 2 * {} expected",
+        all_heads,
+        num_heads,
+        num_kv_heads,
+    )
+    require((q_norm is None) == (k_norm is None), "q_norm and k_norm must be given together")
+    page = (2 * num_kv_heads, block_size, head_dim)
+    dtype, device = qkv.dtype, qkv.device
+    check("qkv", qkv, qkv.shape, dtype, device, alignment=VECTOR)
+    check("cache", cache, (len(cache), *page), dtype, device, alignment=VECTOR)
+    if q_norm is not None and k_norm is not None:
+        check("q_norm", q_norm, (head_dim,), dtype, device, alignment=VECTOR)
+        check("k_norm", k_norm, (head_dim,), dtype, device, alignment=VECTOR)
+    angles = (len(cos_sin), head_dim // 2, 2)
+    check("cos_sin", cos_sin, angles, torch.float32, device, alignment=VECTOR)
+    check("positions", positions, (tokens,), torch.int32, device)
+    check("slots", slots, (tokens,), torch.int32, device)
     module = load(
         "rope",
         **constants(
@@ -107,19 +116,3 @@ def qk_norm_rope_write(
         tokens,
         epsilon,
     )
-
-
-def _check(
-    name: str,
-    tensor: torch.Tensor,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    qkv: torch.Tensor,
-) -> None:
-    aligned = dtype == torch.int32 or tensor.data_ptr() % 16 == 0
-    given = tuple(tensor.shape), tensor.dtype, tensor.device, tensor.is_contiguous() and aligned
-    if given != (shape, dtype, qkv.device, True):
-        raise ValueError(
-            f"{name} must be {dtype} {list(shape)}, contiguous and aligned, on {qkv.device}, not "
-            f"{tensor.dtype} {list(tensor.shape)}, strides {tensor.stride()}, on {tensor.device}"
-        )

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from mili.kernels.checks import check, require
 from mili.kernels.module import Grid, load
 
 _THRESHOLD_THREADS = 512
@@ -138,35 +139,30 @@ class Sampler:
         out_logprobs: torch.Tensor,
     ) -> None:
         samples = len(logits)
-        if not 0 < samples <= self._max_samples:
-            raise ValueError(f"logits must have 1 to {self._max_samples} rows, not {samples}")
-        self._check("logits", logits, torch.float32, (samples, self._vocab_size))
-        self._check("sizes", sizes, torch.int32, (4,))
+        require(
+            0 < samples <= self._max_samples,
+            "logits must have 1 to {} rows, not {}",
+            self._max_samples,
+            samples,
+        )
+        device = self._parts.device
+        check("logits", logits, (samples, self._vocab_size), torch.float32, device)
+        check("sizes", sizes, (4,), torch.int32, device)
         for name, tensor, dtype in (
             ("sample_rows", sample_rows, torch.int32),
             ("sample_positions", sample_positions, torch.int32),
             ("out_tokens", out_tokens, torch.int32),
             ("out_logprobs", out_logprobs, torch.float32),
         ):
-            self._check(name, tensor[:samples], dtype, (samples,))
+            check(name, tensor[:samples], (samples,), dtype, device)
 
     def _check_table(
         self, table: SamplingTable, token_ids: torch.Tensor, faulted: torch.Tensor
     ) -> None:
         rows, words = len(token_ids), -(-self._vocab_size // 32)
-        self._check("token_ids", token_ids, torch.int32, (rows, token_ids.shape[-1]))
-        self._check("faulted", faulted, torch.int32, (rows,))
+        device = self._parts.device
+        check("token_ids", token_ids, (rows, token_ids.shape[-1]), torch.int32, device)
+        check("faulted", faulted, (rows,), torch.int32, device)
         for name, column in table._asdict().items():
             shape = (rows, words) if name in ("suppressed", "seen") else (rows,)
-            self._check(name, column, _TABLE_DTYPES.get(name, torch.int32), shape)
-
-    def _check(
-        self, name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]
-    ) -> None:
-        device = self._parts.device
-        fits = tensor.dtype == dtype and tensor.shape == shape and tensor.is_contiguous()
-        if not fits or tensor.device != device:
-            raise ValueError(
-                f"{name} must be a contiguous {list(shape)} {dtype} on {device}, "
-                f"not {list(tensor.shape)} {tensor.dtype} on {tensor.device}"
-            )
+            check(name, column, shape, _TABLE_DTYPES.get(name, torch.int32), device)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from mili.kernels.checks import require
 from mili.kernels.module import Grid, load
 from mili.kernels.sampling import SamplingTable
 
@@ -137,8 +138,12 @@ def make_batch(
 
     Padding stands at position 0 of the null row and is written to slot 0.
     """
-    if not 0 < num_padded <= len(batch.token_ids):
-        raise ValueError(f"{num_padded} tokens do not fit a batch of {len(batch.token_ids)}")
+    require(
+        0 < num_padded <= len(batch.token_ids),
+        "{} tokens do not fit a batch of {}",
+        num_padded,
+        len(batch.token_ids),
+    )
     load("step")["make_batch"].launch(
         Grid((-(-num_padded // MAX_ROWS), 1, 1), MAX_ROWS),
         step_input,

@@ -131,6 +131,7 @@ def test_each_parameter_at_a_large_vocabulary(options: dict[str, float]) -> None
     check(logits, rows, str(options))
 
 
+@pytest.mark.sanitize
 def test_nearly_equal_logits_and_many_at_minus_infinity() -> None:
     """What no list in shared memory holds."""
     generator = torch.Generator().manual_seed(4)
@@ -147,6 +148,7 @@ def test_nearly_equal_logits_and_many_at_minus_infinity() -> None:
     check(logits, rows, "unusual logits")
 
 
+@pytest.mark.sanitize
 def test_ties() -> None:
     """Equal logits: greedy takes the lowest id; a filter keeps all that equal the last it keeps."""
     logits = torch.zeros(5, 5000)
@@ -227,6 +229,7 @@ def test_a_token_is_a_function_of_its_row_alone() -> None:
         assert torch.equal(alone, together[chosen]), f"rows {chosen} alone"
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9}])
 def test_rows_that_are_not_finite_fault_and_padding_is_untouched(options: dict[str, float]) -> None:
     vocab_size = 49152

@@ -145,6 +145,7 @@ def test_a_batch_is_spread_over_its_tokens(table: step.SequenceTensors, num_rows
     assert (got["tile_offsets"][: num_rows - decodes + 1] == tiles).all()
 
 
+@pytest.mark.sanitize
 def test_faults_are_gathered_by_batch_row(table: step.SequenceTensors) -> None:
     batch = step.allocate_batch(8, DEVICE)
     batch.sizes[1] = 3
