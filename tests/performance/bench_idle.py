@@ -1,92 +1,102 @@
-"""How long the GPU idles between decode steps, from the trace of a worker that serves one stream.
+"""How long the GPU waits between decode steps, from the events around each step.
 
-    python -m tests.performance.bench_idle --model qwen3-8b [--tokens 96]
+    python -m tests.performance.bench_idle --model qwen3-8b [--batch 1] [--steps 200]
 
-Serves random weights of a published shape with `--profile`, streams one answer through gRPC, and
-reads the trace that the worker leaves: the share of time in which no kernel and no copy ran, from
-the first to the last whole decode step of the second half. Tracing itself costs a little, so the
-true share is smaller.
+Drives a GPU runner with random weights as the router does, two commands in flight. Idle is what
+lies between the event that ends a step and the one that begins the next, on the device's clock;
+gaps between the kernels of one step are not in it.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
+import random
+import statistics
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console
 
-from mili.client import Client
-from tests.performance.qwen3 import MODELS, write_folder
-from tests.serving import serving
+from mili.internal.v1.step_pb2 import StepCommand
+from mili.worker.cuda.runner import PendingStep
+from tests.gpu.steps import GREEDY
+from tests.performance.qwen3 import MODELS, Model, write_folder
+from tests.step_driver import StepDriver
 
-# The first kernel of every step.
-_FIRST_KERNEL = "make_batch"
-
-
-class Span(NamedTuple):
-    """Microseconds."""
-
-    start: float
-    end: float
+PROMPT_TOKENS = 512
+DEPTH = 2
+_ROUND = 16  # steps
 
 
 class Idle(NamedTuple):
-    steps: int
-    microseconds_per_step: float
-    share: float
+    """step, idle: milliseconds, medians over the steps."""
+
+    step: float
+    idle: float
+    share: float  # of all the time
 
 
-def read_spans(trace: Path) -> tuple[list[Span], list[float]]:
-    """What ran on the GPU, in order, and when each step began."""
-    with gzip.open(trace) as file:
-        events: list[dict[str, Any]] = json.load(file)["traceEvents"]
-    on_gpu = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-    spans = sorted(Span(e["ts"], e["ts"] + e["dur"]) for e in on_gpu)
-    begins = sorted(e["ts"] for e in on_gpu if e["name"].startswith(_FIRST_KERNEL))
-    return spans, begins
+def measure_idle(pending: Sequence[PendingStep]) -> Idle:
+    """The steps in the order in which they ran, all ended."""
+    steps = [each.slot.started.elapsed_time(each.slot.ended) for each in pending[1:]]
+    gaps = [
+        before.slot.ended.elapsed_time(after.slot.started) for before, after in pairwise(pending)
+    ]
+    total = sum(steps) + sum(gaps)
+    return Idle(statistics.median(steps), statistics.median(gaps), sum(gaps) / total)
 
 
-def measure_idle(spans: Iterable[Span], begins: Sequence[float]) -> Idle:
-    """The share of time without anything on the GPU, over the second half of the steps."""
-    window = Span(begins[len(begins) // 2], begins[-1])
-    busy, end = 0.0, window.start
-    for span in spans:
-        start = max(span.start, end)
-        stop = min(span.end, window.end)
-        if stop > start:
-            busy += stop - start
-            end = stop
-    steps = len(begins) - 1 - len(begins) // 2
-    total = window.end - window.start
-    return Idle(steps, total / steps, 1 - busy / total)
+def decode(model: Model, batch: int, steps: int, folder: Path) -> Idle:
+    write_folder(folder, model)
+    driver = StepDriver(
+        folder,
+        device="cuda",
+        dtype="bfloat16",
+        load_format="random",
+        num_gpu_blocks_override=2 + batch * (PROMPT_TOKENS + steps + 64) // 16 + batch,
+    )
+    driver.runner.warm_up()
+    driver.restart()
+    rows = list(range(1, batch + 1))
+    for row in rows:
+        prompt = [random.randrange(model.vocab_size) for _ in range(PROMPT_TOKENS)]
+        driver.admit(row, prompt, GREEDY)
+        driver.step({row: PROMPT_TOKENS})
+    driver.run(rows, _ROUND, depth=DEPTH)
+    found = [_measure_round(driver, rows) for _ in range(steps // _ROUND)]
+    return Idle(*(statistics.median(column) for column in zip(*found, strict=True)))
+
+
+def _measure_round(driver: StepDriver, rows: Sequence[int]) -> Idle:
+    """Slots are a ring: what was measured is read before it comes round."""
+    launched: list[PendingStep] = []
+    start = driver.runner.start
+
+    def note(command: StepCommand) -> PendingStep:
+        launched.append(start(command))
+        return launched[-1]
+
+    driver.runner.start = note
+    driver.run(rows, _ROUND, depth=DEPTH)
+    driver.runner.start = start
+    return measure_idle(launched)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, default="qwen3-8b")
-    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=192)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        flags = write_folder(folder / "model", MODELS[arguments.model])
-        flags = (*flags, "--device", "cuda", "--profile", str(folder / "traces"))
-        with (
-            serving(folder / "model", folder / "serve.log", *flags) as served,
-            Client(served.address) as client,
-        ):
-            client.generate(
-                list(range(512)), max_tokens=arguments.tokens, temperature=0, ignore_eos=True
-            )
-        (trace,) = (folder / "traces").iterdir()
-        idle = measure_idle(*read_spans(trace))
+        model = MODELS[arguments.model]
+        idle = decode(model, arguments.batch, arguments.steps, Path(name) / "model")
     Console().print(
-        f"{arguments.model}, batch 1: {idle.steps} steps of {idle.microseconds_per_step:.0f} us, "
-        f"the GPU idle in {100 * idle.share:.2f} % of the time"
+        f"{arguments.model}, batch {arguments.batch}: a step takes {idle.step:.3f} ms, then the "
+        f"GPU waits {1000 * idle.idle:.1f} us; {100 * idle.share:.2f} % of the time idle"
     )
 
 
