@@ -3,6 +3,8 @@
 #   make demo [PROMPT="..."]   set up, pull a small model, serve it, ask it a question
 #   make test                  lint, types, protos, tests
 #   make nightly               what takes longer than a merge may wait
+#   make gpu                   the tests that need an NVIDIA GPU
+#   make sanitize              its kernels under compute-sanitizer (part of the CUDA toolkit)
 #
 # TORCH_INDEX=url installs torch from that index, for instance PyTorch's public CPU one: without
 # it, a plain Linux machine gets the CUDA build from PyPI, several gigabytes of it.
@@ -15,7 +17,11 @@ export PROMPT_TEXT := $(value PROMPT)
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet
 
-.PHONY: demo test nightly lint types protos clean
+# Only our kernels: a C++ name is mangled, and cuBLAS's others are called gemm.
+SANITIZER := compute-sanitizer --error-exitcode 1 --report-api-errors no \
+	--kernel-name-exclude kns=_Z --kernel-name-exclude kns=gemm
+
+.PHONY: demo test nightly gpu sanitize lint types protos clean
 
 demo: .venv/.mili
 	$(BIN)/mili pull smollm2-135m
@@ -26,6 +32,16 @@ test: .venv/.dev lint types
 
 nightly: .venv/.dev
 	$(BIN)/pytest -m "not gpu"
+
+gpu: .venv/.dev
+	$(BIN)/pytest -m gpu tests/gpu
+
+# Without PyTorch's cache, so that every tensor ends where its memory ends.
+sanitize: .venv/.dev
+	for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool \
+			$(BIN)/python -m pytest --timeout 600 -m sanitize tests/gpu || exit 1; \
+	done
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
@@ -57,8 +73,18 @@ protos: .venv/.dev
 	$(PIP) install --editable '.[router,worker]'
 	touch $@
 
-.venv/.dev: pyproject.toml .venv/.mili
-	$(PIP) install --editable '.[router,worker,dev]'
+# A compiler for tests without a GPU, of one version, since register counts differ from version to
+# version; apart from the other packages, since PyTorch builds for CUDA pin some of these otherwise.
+NVCC := $(patsubst %,'nvidia-%==13.0.*',cuda-nvcc cuda-crt cuda-runtime cuda-cccl nvvm)
+
+.venv/.nvcc: Makefile | .venv/bin/python
+ifeq ($(shell uname),Linux)
+	$(PIP) install --upgrade --no-deps --target .venv/nvcc $(NVCC)
+endif
+	touch $@
+
+.venv/.dev: pyproject.toml .venv/.mili .venv/.nvcc
+	$(PIP) install --editable '.[router,worker,cuda13,dev]'
 	touch $@
 
 clean:

@@ -129,13 +129,13 @@ def _resources(worker: WorkerConfig, number: int) -> dict[str, str]:
 def _gpu(number: int) -> str:
     """The number-th GPU of those that this process may use."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if not visible:
+    if visible is None:
         return str(number)
-    names = visible.split(",")
+    names = visible.split(",") if visible else []
     if number >= len(names):
         raise CommandError(
             f"workers = {number + 1}: each needs a GPU, and CUDA_VISIBLE_DEVICES names "
-            f"{len(names)} ({visible})"
+            f"{len(names)} ({visible!r})"
         )
     return names[number]
 

@@ -124,8 +124,14 @@ def load_runner(folder: ModelFolder, config: WorkerConfig) -> Runner:
     """Either runner takes seconds to import, which the router need not wait for."""
     startup = Startup()
     if config.device == "cuda":
-        with startup.phase("import"):
-            from mili.worker.cuda.runner import CudaRunner
+        try:
+            with startup.phase("import"):
+                from mili.worker.cuda.runner import CudaRunner
+        except ImportError as error:
+            raise ValueError(
+                f"--device cuda needs what is not installed ({error}): pip install "
+                "'mili[worker,cuda13]'"
+            ) from error
         return CudaRunner(folder, config, startup)
     with startup.phase("import"):
         from mili.worker.cpu.runner import CpuRunner

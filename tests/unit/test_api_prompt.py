@@ -13,7 +13,7 @@ import pytest
 
 from mili.hub.folder import read_model_folder
 from mili.router import stop
-from mili.router.api.prompt import PromptReader, TextThreads
+from mili.router.api.prompt import _FEW_IDS, PromptReader, TextThreads
 from mili.router.chat_template import ChatTemplate
 from mili.router.errors import Reason, RequestError
 from mili.router.stop import MAX_STOP_SEQUENCES, StopMatcher
@@ -103,6 +103,21 @@ async def test_errors_of_text_work_come_back() -> None:
     with pytest.raises(ValueError, match="invalid literal"):
         await threads.run(int, "x")
     threads.close()
+
+
+def test_only_a_few_token_ids_are_read_on_the_loop_itself(tmp_path: Path) -> None:
+    prompts, _ = reader(tmp_path)
+
+    def ids(count: int, *stop: str) -> pb.Generation:
+        stopping = pb.StopConditions(stop_sequences=stop)
+        return pb.Generation(token_ids=pb.TokenIds(ids=[1] * count), stopping=stopping)
+
+    assert prompts.is_quick(ids(1)) and prompts.is_quick(ids(_FEW_IDS))
+    assert not prompts.is_quick(ids(_FEW_IDS + 1))
+    assert not prompts.is_quick(ids(1, "a stop sequence takes its time"))
+    assert not prompts.is_quick(pb.Generation(text="text is tokenized"))
+    assert not prompts.is_quick(chat("x"))
+    assert not prompts.is_quick(ids(0)) and not prompts.is_quick(pb.Generation())
 
 
 @pytest.mark.parametrize(

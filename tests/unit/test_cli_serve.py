@@ -15,7 +15,7 @@ from mili.cli import models
 from mili.cli.errors import CommandError
 from mili.cli.main import main
 from mili.cli.models import with_model_folder
-from mili.cli.serve import _child, free_port, router_config, worker_configs
+from mili.cli.serve import _child, _gpu, _resources, free_port, router_config, worker_configs
 from mili.cli.serve_config import ServeConfig
 from mili.cli.settings import variable
 from mili.router.config import RouterConfig
@@ -40,6 +40,38 @@ def test_the_cores_and_the_memory_are_shared_out(monkeypatch: pytest.MonkeyPatch
 def test_more_workers_than_cores_have_a_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
     assert {w.num_threads for w in worker_configs(config(workers=2), LINK)} == {1}
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [(None, ["0", "1"]), ("3,5", ["3", "5"]), ("GPU-1f,MIG-2e,7", ["GPU-1f", "MIG-2e", "7"])],
+)
+def test_each_worker_has_a_gpu_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, names: list[str]
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    workers = worker_configs(config(workers=len(names), device="cuda"), LINK)
+    given = [_resources(worker, number) for number, worker in enumerate(workers)]
+    assert given == [{"CUDA_VISIBLE_DEVICES": name} for name in names]
+
+
+def test_more_workers_than_visible_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    with pytest.raises(
+        CommandError, match=r"workers = 3: .* CUDA_VISIBLE_DEVICES names 2 \('3,5'\)"
+    ):
+        _gpu(2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(CommandError, match="names 0"):
+        _gpu(0)
+
+
+def test_a_worker_on_the_cpu_sees_what_gpus_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    (worker,) = worker_configs(config(num_threads=3), LINK)
+    assert _resources(worker, 0).keys() == {"OMP_NUM_THREADS", "GOMP_SPINCOUNT"}
+    assert _resources(worker, 0)["OMP_NUM_THREADS"] == "3"
 
 
 def test_what_the_user_gave_is_kept() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 import pytest
 
 from mili.internal.v1.step_pb2 import Sampling, StepCommand, StepResult
-from mili.router.engine import MAX_DEATHS, Engine
+from mili.router.engine import DEEP, MAX_DEATHS, SHALLOW, SHORT_STEP, Engine
 from mili.router.errors import Reason, RequestError
 from mili.router.limits import Limits
 from mili.router.request import Finished, FinishReason, GenerationParams, RequestOutput
@@ -26,6 +27,7 @@ class FakeGroup:
 
     def __init__(self, name: str, num_blocks: int = 24, block_size: int = 2) -> None:
         self.name = name
+        self.last_step_seconds = math.inf
         self.limits = Limits(
             num_blocks=num_blocks,
             block_size=block_size,
@@ -51,7 +53,7 @@ class FakeGroup:
 class Harness:
     """An engine, a clock and what every request was told."""
 
-    def __init__(self, groups: int, max_queued: int = 1000, depth: int = 2) -> None:
+    def __init__(self, groups: int, max_queued: int = 1000, depth: int | None = 2) -> None:
         self.now = 0.0
         self.faults: list[Exception] = []
         self.outputs: dict[str, list[RequestOutput]] = defaultdict(list)
@@ -171,6 +173,34 @@ def test_a_prompt_beyond_the_limit_is_refused_here_too() -> None:
     with pytest.raises(RequestError) as refused:
         harness.engine.submit("a", params([0] * CONTEXT_LIMIT))
     assert refused.value.reason == Reason.CONTEXT_TOO_LONG
+
+
+def test_short_steps_need_one_more_in_flight() -> None:
+    harness = Harness(1, depth=None)
+    group = harness.groups[0]
+    harness.engine.on_ready(group)
+    harness.engine.submit("a", params(LONG, max_tokens=20))
+    assert len(group.sent) == SHALLOW == 2, "nothing is known of its steps yet"
+    for seconds, depth in ((0.9 * SHORT_STEP, DEEP), (SHORT_STEP, SHALLOW), (1e-4, 3), (0.1, 2)):
+        group.last_step_seconds = seconds
+        harness.answer(group)
+        harness.answer(group)
+        assert len(group.sent) == depth, f"steps of {seconds} s"
+    harness.finish()
+    assert harness.tokens("a") == FakeModel().alone(LONG, 1, 20)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_a_depth_that_is_set_is_kept_however_short_the_steps(depth: int) -> None:
+    harness = Harness(1, depth=depth)
+    group = harness.groups[0]
+    group.last_step_seconds = 1e-6
+    harness.engine.on_ready(group)
+    harness.engine.submit("a", params(LONG, max_tokens=20))
+    assert len(group.sent) == depth
+    group.last_step_seconds = 1.0
+    harness.answer(group)
+    assert len(group.sent) == depth
 
 
 def test_an_impossible_result_is_a_fault_of_ours() -> None:

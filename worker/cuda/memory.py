@@ -53,16 +53,17 @@ def count_blocks(
     )  # fmt: skip
     free, total = torch.cuda.mem_get_info(device)
     if config.kv_cache_memory_bytes is not None:
-        room = config.kv_cache_memory_bytes
+        room, setting = config.kv_cache_memory_bytes, "MILI_KV_CACHE_MEMORY_BYTES"
     else:
         room = free - int((1 - config.gpu_memory_utilization) * total) - RESERVE_BYTES
+        setting = f"--gpu-memory-utilization {config.gpu_memory_utilization:g}"
     num_blocks = room // block_bytes
-    if num_blocks < 2:
+    if num_blocks < 2 or room > free:
         raise ValueError(
             f"no room for the KV cache: {free / _GIB:.1f} GiB of {total / _GIB:.1f} GiB are free "
-            f"after loading the weights, and --gpu-memory-utilization "
-            f"{config.gpu_memory_utilization:g} leaves {max(room, 0) / _GIB:.1f} GiB: raise it, "
-            "lower --max-num-batched-tokens, or end other processes on the GPU"
+            f"after loading the weights, and {setting} gives it {max(room, 0) / _GIB:.1f} GiB: "
+            f"{'lower' if room > free else 'raise'} that, lower --max-num-batched-tokens, or end "
+            "other processes on the GPU"
         )
     return int(num_blocks)
 

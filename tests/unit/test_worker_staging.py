@@ -1,0 +1,140 @@
+"""A command's integers, read back the plain way."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import pytest
+
+pytest.importorskip("cupy")  # which the layout's module imports for its kernels
+
+from mili.internal.v1.step_pb2 import Admission, Sampling, StepCommand
+from mili.kernels.step import (
+    ADMISSION_FIELDS,
+    ADMISSION_SIZE,
+    COUNTS,
+    DELTAS,
+    MAX_ROWS,
+    ROWS,
+    SAMPLES,
+    SIZES,
+    STARTS,
+)
+from mili.worker.cuda.staging import StepRows, order_rows, pack_deltas, pack_rows
+
+UNTOUCHED = -77
+
+
+def step_rows(commanded: list[tuple[int, int, int]], known: dict[int, int]) -> StepRows:
+    """commanded: row, start and count of each; known: tokens of each row."""
+    rows, starts, counts = np.array(commanded, np.int64).reshape(-1, 3).T
+    num_known = np.zeros(MAX_ROWS + 1, np.int64)
+    for row, tokens in known.items():
+        num_known[row] = tokens
+    return order_rows(rows, starts, counts, num_known)
+
+
+COMMANDED = [(9, 0, 5), (4, 30, 1), (7, 10, 2), (2, 3, 1), (5, 0, 128)]
+KNOWN = {9: 5, 4: 31, 7: 40, 2: 9, 5: 128}
+
+
+def test_rows_of_one_token_come_first_and_else_keep_their_order() -> None:
+    step = step_rows(COMMANDED, KNOWN)
+    assert step.order.tolist() == [1, 3, 0, 2, 4]
+    columns = zip(step.rows, step.starts, step.counts, strict=True)
+    assert [tuple(map(int, row)) for row in columns] == [COMMANDED[i] for i in step.order]
+    # Rows 2 and 7 know more than this step computes: a prompt in chunks gives no token yet.
+    assert step.samples.tolist() == [True, False, True, False, True]
+    assert (step.num_tokens, step.num_decode_rows) == (137, 2)
+
+
+def test_the_fixed_columns() -> None:
+    target = np.full(DELTAS, UNTOUCHED, np.int32)
+    pack_rows(step_rows(COMMANDED, KNOWN), target)
+    assert target[SIZES : SIZES + 3].tolist() == [137, 5, 2]
+    for at, column in (
+        (ROWS, [4, 2, 9, 7, 5]),
+        (STARTS, [30, 3, 0, 10, 0]),
+        (COUNTS, [1, 1, 5, 2, 128]),
+        (SAMPLES, [1, 0, 1, 0, 1]),
+    ):
+        assert target[at : at + 5].tolist() == column
+        assert (target[at + 5 : at + MAX_ROWS] == UNTOUCHED).all()
+
+
+@pytest.mark.parametrize("num_rows", [0, MAX_ROWS])
+def test_no_rows_and_as_many_as_there_may_be(num_rows: int) -> None:
+    target = np.full(DELTAS, UNTOUCHED, np.int32)
+    rows = [(row, row, 1) for row in range(1, num_rows + 1)]
+    pack_rows(step_rows(rows, {}), target)
+    assert target[SIZES : SIZES + 3].tolist() == [num_rows] * 3
+    assert target[ROWS : ROWS + num_rows].tolist() == list(range(1, num_rows + 1))
+    assert target[SAMPLES : SAMPLES + num_rows].tolist() == [0] * num_rows
+
+
+ADMITTED = {
+    3: (
+        [7, 0, 2**31 - 1],
+        Sampling(
+            temperature=0.7,
+            top_k=40,
+            top_p=0.9,
+            min_p=0.05,
+            repetition_penalty=1.3,
+            seed=2**64 - 3,
+            suppressed_token_ids=[5, 6],
+            suppress_until_position=17,
+        ),
+    ),
+    8: ([1], Sampling(top_k=2**32 - 1, suppress_until_position=2**32 - 1, seed=2**32 + 9)),
+    1: (list(range(500)), Sampling(suppressed_token_ids=[0])),
+}
+
+
+def read_float(bits: int) -> float:
+    value: float = struct.unpack("<f", struct.pack("<i", bits))[0]
+    return value
+
+
+@pytest.mark.parametrize("at", [DELTAS, 0])
+def test_admissions_and_blocks_stand_where_the_record_says(at: int) -> None:
+    command = StepCommand(
+        admissions=[
+            Admission(row=row, token_ids=np.array(ids, "<u4").tobytes(), sampling=sampling)
+            for row, (ids, sampling) in ADMITTED.items()
+        ]
+    )
+    appended = np.array([[3, 0, 11], [3, 1, 12], [1, 0, 13]], np.int32)
+    deltas = pack_deltas(command, appended, at)
+    assert deltas.values.dtype == np.int32
+    step_input = [UNTOUCHED] * at + deltas.values.tolist()
+
+    assert (deltas.num_admissions, deltas.num_appended) == (3, 3)
+    blocks = step_input[deltas.appended_at : deltas.appended_at + 9]
+    assert blocks == [3, 0, 11, 3, 1, 12, 1, 0, 13]
+    used = [*range(deltas.appended_at, deltas.appended_at + 9)]
+    for index, (row, (ids, sampling)) in enumerate(ADMITTED.items()):
+        first = deltas.admissions_at + index * ADMISSION_SIZE
+        record = dict(zip(ADMISSION_FIELDS, step_input[first:], strict=False))
+        used += range(first, first + ADMISSION_SIZE)
+        tokens_at, suppressed_at = record["tokens_at"], record["suppressed_at"]
+        suppressed = list(sampling.suppressed_token_ids)
+        assert (record["row"], record["num_tokens"]) == (row, len(ids))
+        assert step_input[tokens_at : tokens_at + len(ids)] == ids
+        assert record["num_suppressed"] == len(suppressed)
+        assert step_input[suppressed_at : suppressed_at + len(suppressed)] == suppressed
+        used += range(tokens_at, tokens_at + len(ids))
+        used += range(suppressed_at, suppressed_at + len(suppressed))
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            assert read_float(record[name]) == getattr(sampling, name), name
+        assert record["top_k"] == min(sampling.top_k, 2**31 - 1)
+        assert record["suppress_until"] == min(sampling.suppress_until_position, 2**31 - 1)
+        seed = record["seed_low"] % 2**32 + (record["seed_high"] % 2**32 << 32)
+        assert seed == sampling.seed
+    assert sorted(used) == list(range(at, len(step_input))), "something overlaps, or is for nobody"
+
+
+def test_a_step_without_news_has_no_deltas() -> None:
+    deltas = pack_deltas(StepCommand(), np.zeros((0, 3), np.int32))
+    assert len(deltas.values) == deltas.num_admissions == deltas.num_appended == 0
