@@ -81,7 +81,7 @@ def test_a_cache_of_the_null_block_alone_is_none(decoder: DecoderConfig) -> None
 def test_more_than_is_free_is_refused(decoder: DecoderConfig) -> None:
     wanted = config(kv_cache_memory_bytes=71 * GIB)
     with pytest.raises(
-        ValueError, match="MILI_KV_CACHE_MEMORY_BYTES gives it 71.0 GiB: lower that"
+        ValueError, match=r"MILI_KV_CACHE_MEMORY_BYTES gives it 71\.0 GiB: lower that"
     ):
         count_blocks(wanted, decoder, 2, DEVICE)
 
