@@ -205,7 +205,7 @@ class Request:
     @property
     def num_schedulable(self) -> int:
         """Tokens that a step could compute now: none once the last token is sampled."""
-        num_tokens = self.num_tokens
+        num_tokens = len(self.token_ids) + self.num_pending
         return num_tokens - self.num_computed if num_tokens < self.max_length else 0
 
     @property

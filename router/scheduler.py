@@ -46,6 +46,36 @@ class StepInFlight(NamedTuple):
     rows: list[Scheduled]
 
 
+class _Plan:
+    """A step while it is put together: a message's own columns are slow to append to."""
+
+    __slots__ = ("admissions", "block_ids", "block_rows", "counts", "rows", "scheduled", "starts")
+
+    def __init__(self) -> None:
+        self.admissions: list[Admission] = []
+        self.block_rows: list[int] = []
+        self.block_ids: list[int] = []
+        self.rows: list[int] = []
+        self.starts: list[int] = []
+        self.counts: list[int] = []
+        self.scheduled: list[Scheduled] = []
+
+    def add_blocks(self, row: int, blocks: list[int]) -> None:
+        self.block_rows += [row] * len(blocks)
+        self.block_ids += blocks
+
+    def command(self, step: int) -> StepCommand:
+        return StepCommand(
+            step=step,
+            admissions=self.admissions,
+            block_rows=self.block_rows,
+            block_ids=self.block_ids,
+            rows=self.rows,
+            starts=self.starts,
+            num_tokens=self.counts,
+        )
+
+
 class Scheduler:
     """Continuous batching over one worker group's rows and blocks."""
 
@@ -97,21 +127,20 @@ class Scheduler:
 
     def schedule(self) -> StepCommand | None:
         """The next step, or None when there is nothing to compute now."""
-        command = StepCommand(step=self._steps + 1)
-        rows: list[Scheduled] = []
+        plan = _Plan()
         budget = self.max_step_tokens
         for request in list(self.running.values()):
             count = min(request.num_schedulable, budget)
-            if count > 0 and request.row and self._make_room(request, count, command):
-                budget -= self._compute(request, count, command, rows)
-        while budget > 0 and (admitted := self._admit(command)):
+            if count > 0 and request.row and self._make_room(request, count, plan):
+                budget -= self._compute(request, count, plan)
+        while budget > 0 and (admitted := self._admit(plan)):
             count = min(admitted.num_schedulable, budget)
-            budget -= self._compute(admitted, count, command, rows)
-        if not rows:
+            budget -= self._compute(admitted, count, plan)
+        if not plan.rows:
             return None
         self._steps += 1
-        self.in_flight.append(StepInFlight(self._steps, rows))
-        return command
+        self.in_flight.append(StepInFlight(self._steps, plan.scheduled))
+        return plan.command(self._steps)
 
     def update(self, result: StepResult) -> list[tuple[Request, int | None]]:
         """Take the result of the oldest step in flight.
@@ -121,16 +150,14 @@ class Scheduler:
         """
         step = self.in_flight.popleft()
         assert result.step == step.step, (result.step, step.step)
-        assert len(result.num_new) == len(step.rows)
         faulty = {fault.index for fault in result.faults}
         news: list[tuple[Request, int | None]] = []
-        cursor = 0
-        for index, row in enumerate(step.rows):
+        tokens = iter(result.token_ids)
+        for index, (row, num_new) in enumerate(zip(step.rows, result.num_new, strict=True)):
             request = row.request
             if row.samples:
                 request.num_pending -= 1
-            token = result.token_ids[cursor] if result.num_new[index] else None
-            cursor += result.num_new[index]
+            token = next(tokens) if num_new else None
             if request.finish is not None:
                 continue
             self._take(row, token, index in faulty)
@@ -163,18 +190,18 @@ class Scheduler:
         waiting = sum(len(request.token_ids) for request in self.waiting.values())
         assert waiting == self._num_waiting_tokens
 
-    def _make_room(self, request: Request, count: int, command: StepCommand) -> bool:
+    def _make_room(self, request: Request, count: int, plan: _Plan) -> bool:
         """Grow the request's blocks, preempting the youngest; False when it was itself that."""
         while (blocks := self.kv.grow(request, request.num_computed + count)) is None:
             victim = next(reversed(self.running.values()))
             self._preempt(victim)
             if victim is request:
                 return False
-        command.block_rows.extend([request.row] * len(blocks))
-        command.block_ids.extend(blocks)
+        if blocks:
+            plan.add_blocks(request.row, blocks)
         return True
 
-    def _admit(self, command: StepCommand) -> Request | None:
+    def _admit(self, plan: _Plan) -> Request | None:
         """Move the first waiting request to a row, if there is room for all its known tokens."""
         request = self._next_waiting()
         if request is None or len(self.running) >= self.max_running or request.num_pending:
@@ -191,7 +218,7 @@ class Scheduler:
         if request.num_admissions == 0:
             request.num_cached_prompt_tokens = request.num_computed
         request.num_admissions += 1
-        command.admissions.append(
+        plan.admissions.append(
             Admission(
                 row=request.row,
                 admission=request.admission,
@@ -201,21 +228,19 @@ class Scheduler:
                 sampling=request.params.sampling,
             )
         )
-        command.block_rows.extend([request.row] * len(blocks))
-        command.block_ids.extend(blocks)
+        plan.add_blocks(request.row, blocks)
         return request
 
-    def _compute(
-        self, request: Request, count: int, command: StepCommand, rows: list[Scheduled]
-    ) -> int:
+    def _compute(self, request: Request, count: int, plan: _Plan) -> int:
         """Put `count` tokens of the request into the step. Counters advance here, not in update."""
-        command.rows.append(request.row)
-        command.starts.append(request.num_computed)
-        command.num_tokens.append(count)
-        request.num_computed += count
-        samples = request.num_computed == request.num_tokens
+        start = request.num_computed
+        request.num_computed = end = start + count
+        samples = end == len(request.token_ids) + request.num_pending
         request.num_pending += samples
-        rows.append(Scheduled(request, request.admission, request.num_computed, samples))
+        plan.rows.append(request.row)
+        plan.starts.append(start)
+        plan.counts.append(count)
+        plan.scheduled.append(Scheduled(request, request.admission, end, samples))
         return count
 
     def _take(self, row: Scheduled, token: int | None, faulty: bool) -> None:

@@ -84,10 +84,10 @@ PLANTED = {
     ),
     "tokens of ended rows are not skipped": (
         "scheduler",
-        "            cursor += result.num_new[index]\n            if request.finish is not None:\n"
-        "                continue\n",
+        "            token = next(tokens) if num_new else None\n"
+        "            if request.finish is not None:\n                continue\n",
         "            if request.finish is not None:\n                continue\n"
-        "            cursor += result.num_new[index]\n",
+        "            token = next(tokens) if num_new else None\n",
     ),
     "what comes after the end counts": (
         "scheduler",
@@ -108,8 +108,7 @@ PLANTED = {
     "chunks sample": ("scheduler", "request.num_pending += samples", "request.num_pending += 1"),
     "new blocks are not sent": (
         "scheduler",
-        "        command.block_rows.extend([request.row] * len(blocks))\n"
-        "        command.block_ids.extend(blocks)\n        return True",
+        "        if blocks:\n            plan.add_blocks(request.row, blocks)\n        return True",
         "        return True",
     ),
     "admissions ignore the budget": (
