@@ -117,13 +117,12 @@ def _child(name: str, command: str, config: BaseModel, extra: Mapping[str, str])
 
 
 def _resources(worker: WorkerConfig, number: int) -> dict[str, str]:
-    """What of the machine the number-th worker uses: a GPU of its own, or a share of the cores."""
-    if worker.device == "cuda":
-        return {"CUDA_VISIBLE_DEVICES": _gpu(number)}
-    return {
+    """What of the machine the number-th worker uses: a share of the cores, and a GPU of its own."""
+    threads = {
         "OMP_NUM_THREADS": str(worker.num_threads),
         "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", _SPIN_COUNT),
     }
+    return {**threads, "CUDA_VISIBLE_DEVICES": _gpu(number)} if worker.device == "cuda" else threads
 
 
 def _gpu(number: int) -> str:

@@ -30,6 +30,10 @@ from mili.router.kv_cache import KVCacheManager
 from mili.router.limits import Limits
 from mili.router.request import Request
 
+# Known tokens of all admissions in one command, four bytes each: a frame has its limit, 16 MiB, and
+# so has the time that a worker may take to read it.
+MAX_ADMITTED_TOKENS = 1 << 20
+
 
 class Scheduled(NamedTuple):
     """One row of a step in flight, as it was when the command was made."""
@@ -49,10 +53,20 @@ class StepInFlight(NamedTuple):
 class _Plan:
     """A step while it is put together: a message's own columns are slow to append to."""
 
-    __slots__ = ("admissions", "block_ids", "block_rows", "counts", "rows", "scheduled", "starts")
+    __slots__ = (
+        "admissions",
+        "block_ids",
+        "block_rows",
+        "counts",
+        "num_admitted_tokens",
+        "rows",
+        "scheduled",
+        "starts",
+    )
 
     def __init__(self) -> None:
         self.admissions: list[Admission] = []
+        self.num_admitted_tokens = 0
         self.block_rows: list[int] = []
         self.block_ids: list[int] = []
         self.rows: list[int] = []
@@ -205,6 +219,9 @@ class Scheduler:
         """Move the first waiting request to a row, if there is room for all its known tokens."""
         request = self._next_waiting()
         if request is None or len(self.running) >= self.max_running or request.num_pending:
+            return None
+        plan.num_admitted_tokens += len(request.token_ids)
+        if plan.admissions and plan.num_admitted_tokens > MAX_ADMITTED_TOKENS:
             return None
         blocks = self.kv.admit(request, headroom=len(self.running))
         if blocks is None:

@@ -21,10 +21,11 @@ from tokenizers import (
     trainers,
 )
 
+from mili.hub.cache import model_path
 from mili.hub.folder import GenerationDefaults, ModelFolder, read_model_folder
 
 TEXTS = ("hello world", "  two  spaces", "naïve façade", "世界 is the world", "😀😀 👍🏽", "a\n\tb")
-SMOLLM2 = Path.home() / ".cache" / "mili" / "models" / "smollm2-135m"
+SMOLLM2 = model_path("smollm2-135m")
 
 
 def model_folder(

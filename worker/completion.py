@@ -6,6 +6,7 @@ not know how a step is computed.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from typing import NamedTuple, Protocol
@@ -14,7 +15,6 @@ import structlog
 
 from mili.internal.v1.step_pb2 import (
     FAILURE_KIND_INTERNAL,
-    WORKER_PHASE_IDLE,
     Failure,
     StepCommand,
     StepResult,
@@ -23,6 +23,9 @@ from mili.worker.connection import Connection
 from mili.worker.progress import Progress
 
 log = structlog.get_logger()
+
+# Far longer than any step: what has not ended by then never will, and nothing can interrupt it.
+HANG_SECONDS = 60.0
 
 
 class PendingStep(Protocol):
@@ -65,22 +68,33 @@ class Completion:
         self._started.put(_Started(epoch, command, pending))
 
     def wait(self) -> None:
-        """Return when every step that was put has ended."""
-        self._started.join()
+        """Return when every step that was put has ended. A device that hangs ends the process."""
+        ended = self._started.all_tasks_done
+        with ended:
+            if not ended.wait_for(lambda: not self._started.unfinished_tasks, HANG_SECONDS):
+                self._give_up()
 
     def close(self) -> None:
         """Send what is still to be sent, and end the thread."""
         self._started.put(None)
+        self.wait()
         self._thread.join()
 
     def _run(self) -> None:
         failed = False
-        while (started := self._started.get()) is not None:
-            # What follows a step that failed means nothing.
-            if not failed:
-                failed = not self._complete(started)
-            self._started.task_done()
-        self._started.task_done()
+        while True:
+            started = self._started.get()
+            try:
+                if started is None:
+                    return
+                # What follows a step that failed means nothing.
+                failed = failed or not self._complete(started)
+            finally:
+                self._started.task_done()
+
+    def _give_up(self) -> None:
+        log.critical("the worker ends: a step does not", seconds=HANG_SECONDS)
+        os._exit(1)
 
     def _complete(self, started: _Started) -> bool:
         step = started.command.step
@@ -91,13 +105,19 @@ class Completion:
             return False
         self._progress.finish(step)
         self._connection.send(started.epoch, result)
-        if self._started.unfinished_tasks == 1 and not self._connection.has_waiting:
-            self._progress.enter(WORKER_PHASE_IDLE)
         return True
 
 
 def report_failure(connection: Connection, command: StepCommand, error: Exception) -> StepError:
-    """Log a step that failed and tell the router; returns what ends the step loop."""
+    """Tell the router of a step that failed, and log it; returns what ends the step loop."""
+    failure = Failure(
+        kind=FAILURE_KIND_INTERNAL,
+        message=f"{type(error).__name__} in step {command.step}",
+        step=command.step,
+    )
+    connection.send(connection.epoch, failure)
+    # The columns of a command that does not fit may be of unequal length.
+    contexts = zip(command.starts, command.num_tokens, strict=False)
     log.error("step failed", step=command.step, exc_info=error)
     log.critical(
         "the worker ends: what it holds cannot be trusted any more",
@@ -105,15 +125,9 @@ def report_failure(connection: Connection, command: StepCommand, error: Exceptio
         step=command.step,
         rows=len(command.rows),
         tokens=sum(command.num_tokens),
-        longest_context=max(map(sum, zip(command.starts, command.num_tokens, strict=True))),
+        longest_context=max(map(sum, contexts), default=0),
         **_kernel(error),
     )
-    failure = Failure(
-        kind=FAILURE_KIND_INTERNAL,
-        message=f"{type(error).__name__} in step {command.step}",
-        step=command.step,
-    )
-    connection.send(connection.epoch, failure)
     return StepError()
 
 

@@ -66,6 +66,7 @@ class Connection:
         self._outbox: queue.SimpleQueue[tuple[int, Ready | StepResult | Failure]] = (
             queue.SimpleQueue()
         )
+        self._interruption: Exception | None = None
         self._closing = threading.Event()
         # A byte through this pair wakes the thread from its poll.
         self._wake, self._woken = socket.socketpair()
@@ -87,6 +88,8 @@ class Connection:
                 event = self._inbox.get(timeout=SIGNAL_SECONDS)
             except queue.Empty:
                 continue
+            if self._interruption is not None:
+                raise self._interruption
             if isinstance(event, Exception):
                 raise event
             if isinstance(event, Dismissed) or event.epoch == self._session.epoch:
@@ -96,11 +99,6 @@ class Connection:
     def epoch(self) -> int:
         """The open epoch, or 0."""
         return self._session.epoch
-
-    @property
-    def has_waiting(self) -> bool:
-        """Whether receive would return at once, or nearly."""
-        return not self._inbox.empty()
 
     def send(self, epoch: int, body: Ready | StepResult | Failure) -> None:
         """Send a frame, if its epoch is still open when its turn comes."""
@@ -112,7 +110,8 @@ class Connection:
         self._inbox.put(Dismissed(reason))
 
     def interrupt(self, error: Exception) -> None:
-        """Let receive raise the error once what waits is received."""
+        """Let receive raise the error, whatever else waits."""
+        self._interruption = error
         self._inbox.put(error)
 
     def close(self) -> None:

@@ -94,6 +94,8 @@ def run(config: WorkerConfig) -> int:
     sys.setswitchinterval(SWITCH_SECONDS)
     folder = read_model_folder(resolve(config.model), weights=config.load_format != "random")
     keys = read_worker_keys(config.worker_keys) if config.worker_keys else None
+    if config.profile:
+        config.profile.mkdir(parents=True, exist_ok=True)
     health = HealthServer(config.health_port) if config.health_port else None
     progress = Progress()
     connection = Connection(
@@ -188,6 +190,10 @@ def serve(
             runner = _load(connection, progress, load, event.welcome)
             with trace:
                 event = _step(event, connection, progress, runner)
+                # Before the trace is written, which takes longer than the router waits.
+                if event.reason == DRAIN:
+                    _say_farewell(connection)
+                    return EXIT_CLEAN
     except Stopped:
         event = Dismissed(DRAIN)
     except StepError:
@@ -196,7 +202,7 @@ def serve(
     if event.reason != DRAIN:
         log.error("the router refused this worker", reason=event.reason)
         return EXIT_REFUSED
-    _fail(connection, FAILURE_KIND_REFUSED, "it was told to stop")
+    _say_farewell(connection)
     return EXIT_CLEAN
 
 
@@ -247,6 +253,10 @@ def _step(event: Event, connection: Connection, progress: Progress, runner: Runn
     finally:
         completion.close()
     return event
+
+
+def _say_farewell(connection: Connection) -> None:
+    _fail(connection, FAILURE_KIND_REFUSED, "it was told to stop")
 
 
 def _fail(connection: Connection, kind: FailureKind.ValueType, message: str) -> None:

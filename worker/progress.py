@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 
 from mili.internal.v1.step_pb2 import (
+    WORKER_PHASE_IDLE,
     WORKER_PHASE_LOADING,
     WORKER_PHASE_STEPPING,
     Heartbeat,
@@ -46,6 +47,8 @@ class Progress:
 
     def heartbeat(self, now: float) -> Heartbeat:
         phase, since = self._phase
+        if phase == WORKER_PHASE_STEPPING and self.finished_step >= self.started_step:
+            phase = WORKER_PHASE_IDLE
         return Heartbeat(
             started_step=self.started_step,
             finished_step=self.finished_step,

@@ -18,7 +18,6 @@ log = structlog.get_logger()
 @contextmanager
 def write_trace(folder: Path) -> Iterator[None]:
     """Record what runs within, on CPU and GPU, to a file in `folder` for chrome://tracing."""
-    folder.mkdir(parents=True, exist_ok=True)
     # Takes seconds to import, which no worker without a profile need wait for.
     from torch.profiler import ProfilerActivity, profile, supported_activities
 

@@ -40,7 +40,6 @@ class Events:
     """The part of Connection that the step loop uses."""
 
     epoch = 1
-    has_waiting = False
 
     def __init__(self) -> None:
         self._inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()

@@ -54,7 +54,8 @@ def test_each_worker_has_a_gpu_of_its_own(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     workers = worker_configs(config(workers=len(names), device="cuda"), LINK)
     given = [_resources(worker, number) for number, worker in enumerate(workers)]
-    assert given == [{"CUDA_VISIBLE_DEVICES": name} for name in names]
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in given] == names
+    assert {each["OMP_NUM_THREADS"] for each in given} == {str(workers[0].num_threads)}
 
 
 def test_more_workers_than_visible_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from mili.internal.v1.step_pb2 import Sampling, StepResult
+from mili.router import scheduler
+from mili.router.limits import Limits
+from mili.router.request import GenerationParams, Request
 from tests.scheduler_simulation import Simulation
 
 ROUTER = Path(__file__).parents[2] / "router"
@@ -185,3 +189,33 @@ def test_a_planted_bug_is_caught(name: str) -> None:
     core = load_core({module: (old, new)})
     with pytest.raises((AssertionError, LookupError, TypeError, ValueError)):
         run_simulations(core, range(120))
+
+
+def test_one_command_admits_no_more_than_a_frame_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests whose prompts are cached cost no budget, and their tokens travel all the same."""
+    monkeypatch.setattr(scheduler, "MAX_ADMITTED_TOKENS", 250)
+    core = scheduler.Scheduler(
+        Limits(
+            num_blocks=500, block_size=4, max_rows=32, max_step_tokens=64, max_model_len=400,
+            vocab_size=9,
+        )
+    )  # fmt: skip
+    for number in range(6):
+        params = GenerationParams([1] * 100, Sampling(seed=1), max_tokens=2)
+        core.add(Request(str(number), params, context_limit=400))
+    admitted = []
+    while core.waiting:
+        command = core.schedule()
+        assert command is not None
+        sizes = [len(admission.token_ids) // 4 for admission in command.admissions]
+        assert sum(sizes) <= 250
+        admitted += sizes
+        rows = core.in_flight[0].rows
+        core.update(
+            StepResult(
+                step=command.step,
+                num_new=[int(row.samples) for row in rows],
+                token_ids=[1] * sum(row.samples for row in rows),
+            )
+        )
+    assert admitted == [100] * 6

@@ -19,6 +19,7 @@ from mili.internal.v1.step_pb2 import (
     StepCommand,
     StepResult,
 )
+from mili.worker import completion
 from mili.worker.completion import Completion, DoneStep, StepError
 from mili.worker.connection import Connection
 from mili.worker.progress import Progress
@@ -32,7 +33,6 @@ class FakeConnection:
     epoch = EPOCH
 
     def __init__(self) -> None:
-        self.has_waiting = False
         self.sent: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         self.interrupts: list[Exception] = []
 
@@ -93,15 +93,31 @@ def test_the_worker_is_idle_only_when_nothing_is_left_to_do() -> None:
     first, second = harness.put(1), harness.put(2)
     first.go.set()
     assert harness.connection.sent.get(timeout=10)[1].step == 1
-    assert harness.progress.phase == WORKER_PHASE_STEPPING, "a step is in flight"
+    assert harness.progress.heartbeat(0.0).phase == WORKER_PHASE_STEPPING, "a step is in flight"
     second.go.set()
     harness.completion.wait()
-    assert harness.progress.phase == WORKER_PHASE_IDLE
-    harness.connection.has_waiting = True
-    harness.put(3).go.set()
-    harness.completion.wait()
-    assert harness.progress.phase == WORKER_PHASE_STEPPING, "a command waits"
+    assert harness.progress.heartbeat(0.0).phase == WORKER_PHASE_IDLE
     harness.completion.close()
+
+
+def test_a_step_that_never_ends_ends_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = Harness()
+    held = harness.put(1)
+    monkeypatch.setattr(completion, "HANG_SECONDS", 0.01)
+    codes: list[int] = []
+    monkeypatch.setattr(completion.os, "_exit", codes.append)
+    harness.completion.wait()
+    assert codes == [1]
+    held.go.set()
+    monkeypatch.undo()
+    harness.completion.close()
+
+
+def test_a_command_that_fits_nothing_is_reported_all_the_same() -> None:
+    connection: Any = FakeConnection()
+    for command in (StepCommand(step=4), StepCommand(step=4, rows=[1], starts=[3])):
+        completion.report_failure(connection, command, ValueError("row columns differ"))
+        assert connection.steps_sent() == [4]
 
 
 def test_wait_returns_when_every_step_has_ended() -> None:

@@ -138,3 +138,12 @@ def test_admissions_and_blocks_stand_where_the_record_says(at: int) -> None:
 def test_a_step_without_news_has_no_deltas() -> None:
     deltas = pack_deltas(StepCommand(), np.zeros((0, 3), np.int32))
     assert len(deltas.values) == deltas.num_admissions == deltas.num_appended == 0
+
+
+def test_without_ids_nothing_is_suppressed() -> None:
+    """The bits of a row are written only where there are ids: old ones must not be read."""
+    admission = Admission(
+        row=1, token_ids=b"\1\0\0\0", sampling=Sampling(suppress_until_position=12)
+    )
+    packed = pack_deltas(StepCommand(admissions=[admission]), np.zeros((0, 3), np.int32))
+    assert packed.values[ADMISSION_FIELDS.index("suppress_until")] == 0

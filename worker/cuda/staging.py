@@ -121,7 +121,8 @@ def _fields(
         repetition_penalty,
         seed_low,
         seed_high,
-        min(sampling.suppress_until_position, 2**31 - 1),
+        # Without ids the row's bits are left as they were, and must not be read.
+        min(sampling.suppress_until_position, 2**31 - 1) if num_suppressed else 0,
         num_suppressed,
         tokens_at + num_tokens,
     )
