@@ -21,7 +21,7 @@ from typing import NamedTuple
 from rich.console import Console
 
 from mili.internal.v1.step_pb2 import StepCommand
-from mili.worker.cuda.runner import PendingStep
+from mili.worker.cuda.pending_step import PendingStep
 from tests.gpu.steps import GREEDY
 from tests.performance.qwen3 import MODELS, Model, write_folder
 from tests.step_driver import StepDriver

@@ -28,7 +28,7 @@ from mili.worker.cpu.decoder import Decoder
 from mili.worker.cpu.kv_cache import KVCache, count_blocks
 from mili.worker.cpu.sampler import sample_rows
 from mili.worker.dtype import choose_dtype
-from mili.worker.models.config import read_decoder_config
+from mili.worker.models.config import context_limit, read_decoder_config
 from mili.worker.sequence_table import IntArray, SequenceTable
 from mili.worker.startup import Startup
 from mili.worker.weights import open_weights
@@ -44,12 +44,7 @@ class CpuRunner:
     def __init__(self, folder: ModelFolder, config: WorkerConfig, startup: Startup) -> None:
         torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
         decoder_config = read_decoder_config(folder.config)
-        limit = config.max_model_len or decoder_config.max_position_embeddings
-        if limit > decoder_config.max_position_embeddings:
-            raise ValueError(
-                f"--max-model-len {limit} is more than the model's own limit of "
-                f"{decoder_config.max_position_embeddings} tokens"
-            )
+        limit = context_limit(decoder_config, config.max_model_len)
         self.dtype: torch.dtype = getattr(torch, choose_dtype(config.dtype, config.device))
         num_blocks = count_blocks(config, decoder_config, self.dtype.itemsize, limit)
         self._table = SequenceTable(

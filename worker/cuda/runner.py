@@ -12,7 +12,6 @@ one's result is known.
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import structlog
@@ -20,9 +19,7 @@ import torch
 
 from mili.hub.folder import ModelFolder
 from mili.internal.v1.step_pb2 import (
-    ROW_FAULT_KIND_NUMERIC,
     Ready,
-    RowFault,
     StepCommand,
     StepResult,
 )
@@ -47,9 +44,10 @@ from mili.worker.cuda.buckets import (
 from mili.worker.cuda.graphs import Graphs
 from mili.worker.cuda.loading import load_decoder
 from mili.worker.cuda.memory import check_device, count_blocks, log_capacity, out_of_memory
+from mili.worker.cuda.pending_step import PendingStep
 from mili.worker.cuda.staging import StepRows, order_rows, pack_deltas, pack_rows
 from mili.worker.cuda.transfer import Slot, Transfer
-from mili.worker.models.config import read_decoder_config
+from mili.worker.models.config import context_limit, read_decoder_config
 from mili.worker.sequence_table import SequenceTable
 from mili.worker.startup import Startup
 
@@ -64,35 +62,6 @@ _MAX_IN_FLIGHT = 32
 _PADDING = 64
 
 
-class PendingStep(NamedTuple):
-    """A step that was launched."""
-
-    step: int
-    rows: StepRows
-    slot: Slot
-
-    def result(self) -> StepResult:
-        """Wait for the step's end. May be called from another thread."""
-        self.slot.ended.synchronize()
-        order, samples = self.rows.order, self.rows.samples
-        num_rows = len(order)
-        faulted = np.empty(num_rows, np.bool_)  # in the command's order, like all below
-        faulted[order] = self.slot.output_array[MAX_ROWS : MAX_ROWS + num_rows] != 0
-        tokens = np.full(num_rows, -1, np.int64)
-        tokens[order[samples]] = self.slot.output_array[: np.count_nonzero(samples)]
-        sampled = (tokens >= 0) & ~faulted
-        return StepResult(
-            step=self.step,
-            num_new=sampled.astype(int).tolist(),
-            token_ids=tokens[sampled].tolist(),
-            faults=[
-                RowFault(index=index, kind=ROW_FAULT_KIND_NUMERIC)
-                for index in np.flatnonzero(faulted).tolist()
-            ],
-            device_microseconds=round(self.slot.started.elapsed_time(self.slot.ended) * 1000),
-        )
-
-
 class CudaRunner:
     """Loads a model when it is made; raises ValueError where folder, settings or GPU do not fit."""
 
@@ -104,7 +73,7 @@ class CudaRunner:
                 f"{MAX_ROWS - 1} rows"
             )
         decoder_config = read_decoder_config(folder.config)
-        limit = context_limit(config, decoder_config.max_position_embeddings)
+        limit = context_limit(decoder_config, config.max_model_len)
         device = self._device = torch.device("cuda", 0)
         with startup.phase("open the GPU"):
             check_device(device)
@@ -294,13 +263,3 @@ class CudaRunner:
             self._transfer.output[:MAX_ROWS],
             self._logprobs,
         )
-
-
-def context_limit(config: WorkerConfig, model_limit: int) -> int:
-    """Raises ValueError where more is asked than the model can."""
-    limit = config.max_model_len or model_limit
-    if limit > model_limit:
-        raise ValueError(
-            f"--max-model-len {limit} is more than the model's own limit of {model_limit} tokens"
-        )
-    return limit

@@ -84,6 +84,16 @@ def read_decoder_config(config: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
+def context_limit(shape: DecoderConfig, asked: int | None) -> int:
+    """Tokens of the longest context. Raises ValueError where more is asked than the model can."""
+    limit = shape.max_position_embeddings
+    if asked is not None and asked > limit:
+        raise ValueError(
+            f"--max-model-len {asked} is more than the model's own limit of {limit} tokens"
+        )
+    return asked or limit
+
+
 def _read_architecture(config: Mapping[str, Any]) -> str:
     architectures = config.get("architectures")
     if not isinstance(architectures, list) or len(architectures) != 1:
