@@ -87,7 +87,15 @@ ADMITTED = {
             suppress_until_position=17,
         ),
     ),
-    8: ([1], Sampling(top_k=2**32 - 1, suppress_until_position=2**32 - 1, seed=2**32 + 9)),
+    8: (
+        [1],
+        Sampling(
+            top_k=2**32 - 1,
+            suppress_until_position=2**32 - 1,
+            suppressed_token_ids=[3],
+            seed=2**32 + 9,
+        ),
+    ),
     1: (list(range(500)), Sampling(suppressed_token_ids=[0])),
 }
 
