@@ -35,7 +35,7 @@ class Workload(NamedTuple):
 
 
 class Known(NamedTuple):
-    """Seconds: vLLM 0.26.0 on the same card, and what issue 3 asks for at least."""
+    """Seconds: vLLM 0.26.0 on the same card, and what the first GPU worker had to reach."""
 
     vllm: float | None = None
     entry: float | None = None
