@@ -121,13 +121,15 @@ def load(name: str, **constants: Constant) -> Module:
 def load_all(wanted: Iterable[tuple[str, dict[str, Constant]]]) -> None:
     """Compile or load several at once, on all cores, so that later `load`s return at once."""
     device = torch.cuda.current_device()
+    # One that is named twice is compiled once.
+    distinct = {(name, *sorted(constants.items())): (name, constants) for name, constants in wanted}
 
     def load_one(one: tuple[str, dict[str, Constant]]) -> None:
         with torch.cuda.device(device):
             load(one[0], **one[1])
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(load_one, wanted))
+        list(pool.map(load_one, distinct.values()))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -10,7 +10,6 @@ import gc
 import secrets
 import signal
 import socket
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
@@ -61,8 +60,6 @@ DRAIN = "drain"
 
 # Hardly anything here is garbage that only a collector finds; a collection may last many steps.
 GC_THRESHOLD = (50_000, 20, 50)
-# How long a thread may keep the others from running: a result must not wait for the next launch.
-SWITCH_SECONDS = 0.0005
 _NO_TRACE = nullcontext()
 
 
@@ -91,7 +88,6 @@ def run(config: WorkerConfig) -> int:
 
     Raises ValueError or OSError for a model, key or port that is not there or not right.
     """
-    sys.setswitchinterval(SWITCH_SECONDS)
     folder = read_model_folder(resolve(config.model), weights=config.load_format != "random")
     keys = read_worker_keys(config.worker_keys) if config.worker_keys else None
     if config.profile:

@@ -54,7 +54,7 @@ CHECKED_LENGTHS = (15, 300) * 4
 CHECKED_TOKENS = 16
 CHECKED_BATCH = 64
 # Random weights make near-ties, which another order of additions decides otherwise.
-LEAST_AGREEMENT = 0.2
+LEAST_AGREEMENT = 0.5
 
 
 class Effort(NamedTuple):

@@ -22,7 +22,8 @@ from mili.kernels import (
 from mili.kernels.module import Constant, load_all
 from mili.kernels.step import MAX_ROWS
 from mili.worker.config import WorkerConfig
-from mili.worker.cuda.decoder import Decoder
+from mili.worker.cuda.buckets import row_buckets
+from mili.worker.cuda.decoder import Decoder, few_rows_limit
 from mili.worker.dtype import choose_dtype
 from mili.worker.models.config import DecoderConfig
 from mili.worker.startup import Startup
@@ -89,6 +90,6 @@ def kernels_of(
         (-(-hidden // 2), size),
         (-(-shape.vocab_size // 2), hidden),
     )
-    for rows in (1, 2, 4):
+    for rows in row_buckets(few_rows_limit(shape)):
         for units, k in products:
             yield "gemv", gemv.constants(dtype, rows=rows, units=units, k=k)
