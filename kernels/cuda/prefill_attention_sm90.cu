@@ -270,6 +270,7 @@ __device__ __forceinline__ void consume(Shared& shared, int group, int heads, sc
       pack_weights(weights, scores);
       use = next;
     }
+    __syncwarp();  // every lane has read `tile`
     release(shared.queries_free);
     wait(shared.values_full[use.index], use.parity);
     pin(output);

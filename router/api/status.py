@@ -29,7 +29,17 @@ _CODES = {
     Reason.MODEL_NOT_FOUND: grpc.StatusCode.NOT_FOUND,
     Reason.REQUEST_NOT_FOUND: grpc.StatusCode.NOT_FOUND,
     Reason.REQUEST_ID_CONFLICT: grpc.StatusCode.ALREADY_EXISTS,
+    Reason.WORKER_NOT_FOUND: grpc.StatusCode.NOT_FOUND,
+    Reason.PIN_NOT_FOUND: grpc.StatusCode.NOT_FOUND,
+    Reason.UNAUTHENTICATED: grpc.StatusCode.UNAUTHENTICATED,
+    Reason.PERMISSION_DENIED: grpc.StatusCode.PERMISSION_DENIED,
     Reason.QUEUE_FULL: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Reason.QUEUE_TIMEOUT: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Reason.TENANT_RATE_LIMIT: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Reason.TENANT_QUOTA: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Reason.SLOW_READER: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Reason.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Reason.DEADLINE_UNREACHABLE: grpc.StatusCode.DEADLINE_EXCEEDED,
     Reason.NO_WORKERS: grpc.StatusCode.UNAVAILABLE,
     Reason.DRAINING: grpc.StatusCode.UNAVAILABLE,
     Reason.WORKER_LOST: grpc.StatusCode.UNAVAILABLE,
@@ -37,7 +47,18 @@ _CODES = {
     Reason.POISON_REQUEST: grpc.StatusCode.INTERNAL,
     Reason.INTERNAL: grpc.StatusCode.INTERNAL,
 }
-_RETRYABLE = frozenset({Reason.QUEUE_FULL, Reason.NO_WORKERS, Reason.DRAINING, Reason.WORKER_LOST})
+_RETRYABLE = frozenset(
+    {
+        Reason.QUEUE_FULL,
+        Reason.QUEUE_TIMEOUT,
+        Reason.TENANT_RATE_LIMIT,
+        Reason.NO_WORKERS,
+        Reason.DRAINING,
+        Reason.WORKER_LOST,
+    }
+)
+# A client that retries by itself must not retry these.
+_FINAL = frozenset({Reason.POISON_REQUEST, Reason.TENANT_QUOTA})
 _DEFAULT_RETRY_AFTER = 1.0
 
 # Status and details travel as headers, and a client takes 8 KiB of those by default.
@@ -79,7 +100,7 @@ async def abort(context: Context, error: RequestError) -> NoReturn:
         packed.Pack(detail)
         status.details.append(packed)
     trailers = tuple(rpc_status.to_status(status).trailing_metadata)
-    if error.reason is Reason.POISON_REQUEST:
+    if error.reason in _FINAL:
         trailers += (("grpc-retry-pushback-ms", "-1"),)
     elif retry_after is not None:
         trailers += (("grpc-retry-pushback-ms", str(round(retry_after * 1000))),)
