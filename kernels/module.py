@@ -46,6 +46,30 @@ class Grid(NamedTuple):
     overlap: bool = False
 
 
+class Launch:
+    """A kernel with its grid, its stream and its arguments."""
+
+    def __init__(
+        self,
+        name: str,
+        function: driver.CUfunction,
+        config: driver.CUlaunchConfig,
+        arguments: tuple[Argument, ...],
+    ) -> None:
+        self._name, self._function, self._config = name, function, config
+        # The values that the pointers point to, and the tensors that the values point to.
+        self._arguments = arguments
+        self._values = [_to_ctypes(argument) for argument in arguments]
+        self._pointers = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, self._values))
+        self._address = ctypes.addressof(self._pointers)
+
+    def __call__(self) -> None:
+        """Launch. Raises KernelError."""
+        (status,) = driver.cuLaunchKernelEx(self._config, self._function, self._address, 0)
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise KernelError(f"kernel {self._name}: {status.name}", self._name)
+
+
 class Kernel:
     """One `extern "C" __global__` function of a compiled module."""
 
@@ -72,15 +96,15 @@ class Kernel:
         A tensor passes its address, an int an int32, a float a float32, a ctypes value or array
         (a struct) itself.
         """
+        self.bind(grid, *arguments)()
+
+    def bind(self, grid: Grid, *arguments: Argument) -> Launch:
+        """The same, to be launched later and again: calling it costs no more than the driver's."""
         key = (grid, torch.cuda.current_stream().cuda_stream)
         config = self._configs.get(key)
         if config is None:
             config = self._configs[key] = self._configure(*key)
-        values = [_to_ctypes(argument) for argument in arguments]
-        pointers = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
-        (status,) = driver.cuLaunchKernelEx(config, self._function, ctypes.addressof(pointers), 0)
-        if status != driver.CUresult.CUDA_SUCCESS:
-            raise KernelError(f"kernel {self.name} {grid}: {status.name}", self.name)
+        return Launch(self.name, self._function, config, arguments)
 
     def _configure(self, grid: Grid, stream: int) -> driver.CUlaunchConfig:
         if grid.shared > self._shared_limit:

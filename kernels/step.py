@@ -6,27 +6,31 @@ read. Does not know what the model computes.
 
 from __future__ import annotations
 
+import struct
 from typing import NamedTuple
 
 import torch
 
 from mili.kernels.checks import require
-from mili.kernels.module import Grid, load
+from mili.kernels.module import Grid, Launch, load
 from mili.kernels.sampling import SamplingTable
 
 # Rows of one step at most, and tokens that one thread block spreads.
 MAX_ROWS = 1024
-# Columns of the input, in int32: sizes (num_tokens, num_rows, num_decode_rows, unused), then rows,
-# starts, counts and whether each row samples, MAX_ROWS each; then what `apply_deltas` reads.
-SIZES, ROWS, STARTS, COUNTS, SAMPLES, DELTAS = 0, *(4 + MAX_ROWS * i for i in range(5))
-# Fields of an admission, in int32; floats and the seed as their bits.
-ADMISSION_FIELDS = (
-    "row", "num_tokens", "tokens_at", "temperature", "top_k", "top_p", "min_p",
-    "repetition_penalty", "seed_low", "seed_high", "suppress_until", "num_suppressed",
-    "suppressed_at",
-)  # fmt: skip
+# Columns of the input, in int32: sizes (num_tokens, num_rows, num_decode_rows, num_admissions,
+# num_appended, unused), then rows, starts, counts and whether each row samples, MAX_ROWS each; then
+# the deltas: admissions, appended blocks (row, index, block), and where the admissions point to,
+# counted from the first of them.
+NUM_SIZES = 8
+SIZES, ROWS, STARTS, COUNTS, SAMPLES, DELTAS = 0, *(NUM_SIZES + MAX_ROWS * i for i in range(5))
+# An admission: row, num_tokens, tokens_at; temperature; top_k; top_p, min_p, repetition_penalty;
+# seed; suppress_until, num_suppressed, suppressed_at; nothing.
+ADMISSION = struct.Struct("<3ifi3fQ3i12x")
 ADMISSION_SIZE = 16
-_APPLY_THREADS = 256
+# What the host gets: the sampled tokens, then whether each row of the batch is faulted.
+OUTPUTS = 2 * MAX_ROWS
+_THREADS = 256
+_BEGIN_BLOCKS = 32
 
 
 class SequenceTensors(NamedTuple):
@@ -94,28 +98,23 @@ def allocate_batch(max_tokens: int, device: torch.device) -> BatchTensors:
     )
 
 
-def apply_deltas(
+def begin_step(
+    host_input: torch.Tensor,
     step_input: torch.Tensor,
     table: SequenceTensors,
     *,
-    num_admissions: int,
-    admissions_at: int,
-    num_appended: int,
-    appended_at: int,
-) -> None:
-    """Overwrite the admitted rows, and append blocks to their tables.
+    deltas: torch.Tensor | None = None,
+) -> Launch:
+    """Copy the columns to step_input, overwrite the admitted rows, append blocks to their tables.
 
-    step_input: int32. Admissions are ADMISSION_SIZE ints each from admissions_at on, appended
-    blocks (row, index, block) from appended_at on; where they point to is in the input, too.
+    host_input: pinned int32, read when the launch runs; step_input: [DELTAS] int32 on the device.
+    deltas: where they are if not in host_input behind the columns.
     """
-    blocks = num_admissions + -(-num_appended // _APPLY_THREADS)
-    load("step")["apply_deltas"].launch(
-        Grid((blocks, 1, 1), _APPLY_THREADS),
+    return load("step")["begin_step"].bind(
+        Grid((_BEGIN_BLOCKS, 1, 1), _THREADS),
+        host_input,
+        host_input[DELTAS:] if deltas is None else deltas,
         step_input,
-        num_admissions,
-        admissions_at,
-        num_appended,
-        appended_at,
         table.block_tables,
         table.block_tables.shape[1],
         table.token_ids,
@@ -157,12 +156,18 @@ def make_batch(
     )
 
 
-def gather_faults(batch: BatchTensors, faulted: torch.Tensor, faults: torch.Tensor) -> None:
-    """faults[i] = faulted[row of batch row i]; faults: [MAX_ROWS] int32."""
-    load("step")["gather_faults"].launch(
-        Grid((MAX_ROWS // _APPLY_THREADS, 1, 1), _APPLY_THREADS),
+def end_step(
+    batch: BatchTensors, faulted: torch.Tensor, sampled: torch.Tensor, host_output: torch.Tensor
+) -> Launch:
+    """Hand out the sampled tokens, and faulted[row] of each row of the batch.
+
+    sampled: [MAX_ROWS] int32; host_output: [OUTPUTS] int32, pinned.
+    """
+    return load("step")["end_step"].bind(
+        Grid((MAX_ROWS // _THREADS, 1, 1), _THREADS),
         batch.sizes,
         batch.rows,
         faulted,
-        faults,
+        sampled,
+        host_output,
     )

@@ -40,7 +40,7 @@ struct Shared {
   uint64 queries_full, queries_free;  // queries_full also guards `tile`
   uint64 keys_full[STAGES], keys_free[STAGES];
   uint64 values_full[STAGES], values_free[STAGES];
-  Tile tile;
+  int tile[sizeof(Tile) / 4];
 };
 static_assert(sizeof(Shared) <= (1 + 2 * STAGES) * TILE_BYTES + 1024, "what the wrapper asks for");
 
@@ -51,6 +51,25 @@ struct Use {
   __device__ __forceinline__ explicit Use(uint32 count)
       : index(count % BUFFERS), parity(count / BUFFERS % 2) {}
 };
+
+// A tile on its way from the loading warp to the others, in order by the barrier around it. Atomic
+// only because the sanitizer's racecheck sees no order in such a barrier.
+constexpr int TILE_WORDS = sizeof(Tile) / 4;
+__device__ __forceinline__ void put_tile(int* words, const Tile& tile) {
+#pragma unroll
+  for (int i = 0; i < TILE_WORDS; ++i)
+    atomicExch(words + i, reinterpret_cast<const int*>(&tile)[i]);
+}
+// Called by whole warps.
+__device__ __forceinline__ Tile get_tile(int* words) {
+  const int lane = threadIdx.x % WARP;
+  const int word = lane < TILE_WORDS ? atomicOr(words + lane, 0) : 0;
+  Tile tile;
+#pragma unroll
+  for (int i = 0; i < TILE_WORDS; ++i)
+    reinterpret_cast<int*>(&tile)[i] = __shfl_sync(FULL, word, i);
+  return tile;
+}
 
 // Where one page lies in the cache.
 struct Page {
@@ -109,7 +128,7 @@ struct Loader {
     barrier_wait(shared_address(&shared.queries_free), Use<1>(count).parity ^ 1);
     if (threadIdx.x % WARP != 0) return;
     const uint32 barrier = shared_address(&shared.queries_full);
-    shared.tile = tile;
+    put_tile(shared.tile, tile);
     if (tile.head < 0) return barrier_arrive(barrier);
     barrier_expect(barrier, TILE_BYTES);
 #pragma unroll
@@ -216,7 +235,7 @@ __device__ __forceinline__ void consume(Shared& shared, int group, int heads, sc
 
   for (uint32 count = 0;; ++count) {
     wait(shared.queries_full, count % 2);
-    const Tile tile = shared.tile;
+    const Tile tile = get_tile(shared.tile);
     if (tile.head < 0) return;
     const int context = tile.context();
     const int row = first_row + lane / 4;
@@ -270,7 +289,6 @@ __device__ __forceinline__ void consume(Shared& shared, int group, int heads, sc
       pack_weights(weights, scores);
       use = next;
     }
-    __syncwarp();  // every lane has read `tile`
     release(shared.queries_free);
     wait(shared.values_full[use.index], use.parity);
     pin(output);

@@ -1,5 +1,8 @@
 // A step's bookkeeping: take over what the router changed, spread the batch's rows over its
-// tokens, and gather what went wrong. The layouts are kernels/step.py's.
+// tokens, and hand the results out. The layouts are kernels/step.py's.
+//
+// What comes from the host and what goes there lies in pinned memory of the host: read and written
+// over the bus, without a copy of its own, and never twice.
 
 typedef unsigned int uint32;
 
@@ -8,8 +11,9 @@ constexpr int PAGE = 16;        // positions that decode attention takes at a ti
 constexpr int TILE = 128;       // queries that prefill attention takes at a time
 
 // Where the columns of the input stand, in ints.
-constexpr int SIZES = 0, ROWS = 4, STARTS = ROWS + MAX_ROWS, COUNTS = STARTS + MAX_ROWS,
-              SAMPLES = COUNTS + MAX_ROWS;
+constexpr int SIZES = 0, ROWS = 8, STARTS = ROWS + MAX_ROWS, COUNTS = STARTS + MAX_ROWS,
+              SAMPLES = COUNTS + MAX_ROWS, COLUMNS = 4;
+enum Size { NUM_TOKENS, NUM_ROWS, NUM_DECODE_ROWS, NUM_ADMISSIONS, NUM_APPENDED };
 
 // The sum of `value` over the threads before this one, and over all. warps: 32 ints.
 __device__ int exclusive_scan(int value, int* warps, int* total) {
@@ -51,8 +55,8 @@ extern "C" __global__ void __launch_bounds__(MAX_ROWS)
   __shared__ int warps[32];
   __shared__ int first[MAX_ROWS + 1];
   __shared__ int sample_of[MAX_ROWS];
-  const int num_tokens = input[SIZES], num_rows = input[SIZES + 1];
-  const int num_decode_rows = input[SIZES + 2];
+  const int num_tokens = input[SIZES + NUM_TOKENS], num_rows = input[SIZES + NUM_ROWS];
+  const int num_decode_rows = input[SIZES + NUM_DECODE_ROWS];
   const int i = threadIdx.x;
   const bool is_row = i < num_rows, decodes = i < num_decode_rows;
   const int row = is_row ? input[ROWS + i] : 0;
@@ -125,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(MAX_ROWS)
 constexpr int ADMISSION = 16;
 enum Field {
   ROW,
-  NUM_TOKENS,
+  NUM_KNOWN,
   TOKENS_AT,
   TEMPERATURE,
   TOP_K,
@@ -139,58 +143,101 @@ enum Field {
   SUPPRESSED_AT
 };
 
+// An int of the host, read from there.
+__device__ __forceinline__ int host_int(const int* address) { return __ldcv(address); }
+
 // bits: one row's, [words]. Every id that the threads of the block name becomes set, all else not.
 __device__ void set_bits(uint32* bits, int words, const int* ids, int num_ids) {
   for (int word = threadIdx.x; word < words; word += blockDim.x) bits[word] = 0;
   __syncthreads();
-  for (int i = threadIdx.x; i < num_ids; i += blockDim.x)
-    atomicOr(&bits[ids[i] / 32], 1u << (ids[i] % 32));
+  for (int i = threadIdx.x; i < num_ids; i += blockDim.x) {
+    const int id = host_int(ids + i);
+    atomicOr(&bits[id / 32], 1u << (id % 32));
+  }
 }
 
-// Blocks of threads: one an admission, then as many as the appended KV blocks need.
-extern "C" __global__ void apply_deltas(
-    const int* __restrict__ input, int num_admissions, int admissions_at, int num_appended,
-    int appended_at, int* __restrict__ block_tables, int max_blocks, int* __restrict__ known_tokens,
-    int token_stride, int* __restrict__ faulted, float* __restrict__ temperature,
-    int* __restrict__ top_k, float* __restrict__ top_p, float* __restrict__ min_p,
-    float* __restrict__ repetition_penalty, int2* __restrict__ seed,
-    int* __restrict__ suppress_until, uint32* __restrict__ suppressed, uint32* __restrict__ seen,
-    int words) {
-  if (blockIdx.x >= num_admissions) {
-    const int i = (blockIdx.x - num_admissions) * blockDim.x + threadIdx.x;
-    if (i >= num_appended) return;
-    const int* appended = input + appended_at + 3 * i;  // row, index, block
-    block_tables[(long long)appended[0] * max_blocks + appended[1]] = appended[2];
-    return;
-  }
-  const int* admission = input + admissions_at + blockIdx.x * ADMISSION;
-  const int row = admission[ROW], num_tokens = admission[NUM_TOKENS];
-  const int* tokens = input + admission[TOKENS_AT];
-  for (int i = threadIdx.x; i < num_tokens; i += blockDim.x)
-    known_tokens[(long long)row * token_stride + i] = tokens[i];
-  const float penalty = __int_as_float(admission[REPETITION_PENALTY]);
+// What each row of the sequence table holds.
+struct Table {
+  int* block_tables;
+  int max_blocks;
+  int* known_tokens;
+  int token_stride;
+  int* faulted;
+  float* temperature;
+  int* top_k;
+  float *top_p, *min_p, *repetition_penalty;
+  int2* seed;
+  int* suppress_until;
+  uint32 *suppressed, *seen;
+  int words;
+};
+
+// A thread block overwrites a row. deltas: where the positions that the record names count from.
+__device__ void admit(const Table& table, const int* record, const int* deltas) {
+  __shared__ int fields[ADMISSION];
+  __syncthreads();
+  if (threadIdx.x < ADMISSION) fields[threadIdx.x] = host_int(record + threadIdx.x);
+  __syncthreads();
+  const int row = fields[ROW], num_known = fields[NUM_KNOWN];
+  const int* tokens = deltas + fields[TOKENS_AT];
+  for (int i = threadIdx.x; i < num_known; i += blockDim.x)
+    table.known_tokens[(long long)row * table.token_stride + i] = host_int(tokens + i);
+  const float penalty = __int_as_float(fields[REPETITION_PENALTY]);
   if (threadIdx.x == 0) {
-    faulted[row] = 0;
-    temperature[row] = __int_as_float(admission[TEMPERATURE]);
-    top_k[row] = admission[TOP_K];
-    top_p[row] = __int_as_float(admission[TOP_P]);
-    min_p[row] = __int_as_float(admission[MIN_P]);
-    repetition_penalty[row] = penalty;
-    seed[row] = make_int2(admission[SEED_LOW], admission[SEED_HIGH]);
-    suppress_until[row] = admission[SUPPRESS_UNTIL];
+    table.faulted[row] = 0;
+    table.temperature[row] = __int_as_float(fields[TEMPERATURE]);
+    table.top_k[row] = fields[TOP_K];
+    table.top_p[row] = __int_as_float(fields[TOP_P]);
+    table.min_p[row] = __int_as_float(fields[MIN_P]);
+    table.repetition_penalty[row] = penalty;
+    table.seed[row] = make_int2(fields[SEED_LOW], fields[SEED_HIGH]);
+    table.suppress_until[row] = fields[SUPPRESS_UNTIL];
   }
-  if (admission[NUM_SUPPRESSED])
-    set_bits(suppressed + (long long)row * words, words, input + admission[SUPPRESSED_AT],
-             admission[NUM_SUPPRESSED]);
+  if (fields[NUM_SUPPRESSED])
+    set_bits(table.suppressed + (long long)row * table.words, table.words,
+             deltas + fields[SUPPRESSED_AT], fields[NUM_SUPPRESSED]);
   if (penalty != 0.f && penalty != 1.f)
-    set_bits(seen + (long long)row * words, words, tokens, num_tokens);
+    set_bits(table.seen + (long long)row * table.words, table.words, tokens, num_known);
 }
 
-// faults[i]: whether batch row i can not be trusted any more.
-extern "C" __global__ void gather_faults(const int* __restrict__ sizes,
-                                         const int* __restrict__ rows,
-                                         const int* __restrict__ faulted,
-                                         int* __restrict__ faults) {
+// header: the host's columns; deltas: what follows them there, or wherever it found room; input:
+// the columns on the device. Any number of thread blocks.
+extern "C" __global__ void begin_step(const int* header, const int* deltas,
+                                      int* __restrict__ input, int* block_tables, int max_blocks,
+                                      int* known_tokens, int token_stride, int* faulted,
+                                      float* temperature, int* top_k, float* top_p, float* min_p,
+                                      float* repetition_penalty, int2* seed, int* suppress_until,
+                                      uint32* suppressed, uint32* seen, int words) {
+  const Table table = {block_tables, max_blocks, known_tokens, token_stride,       faulted,
+                       temperature,  top_k,      top_p,        min_p,              repetition_penalty,
+                       seed,         suppress_until, suppressed, seen,             words};
+  __shared__ int sizes[ROWS];
+  if (threadIdx.x < ROWS) {
+    sizes[threadIdx.x] = host_int(header + SIZES + threadIdx.x);
+    if (blockIdx.x == 0) input[SIZES + threadIdx.x] = sizes[threadIdx.x];
+  }
+  __syncthreads();
+  const int thread = blockIdx.x * blockDim.x + threadIdx.x, threads = gridDim.x * blockDim.x;
+  for (int i = thread; i < COLUMNS * sizes[NUM_ROWS]; i += threads) {
+    const int at = ROWS + i / sizes[NUM_ROWS] * MAX_ROWS + i % sizes[NUM_ROWS];
+    input[at] = host_int(header + at);
+  }
+  const int num_admissions = sizes[NUM_ADMISSIONS];
+  const int* appended = deltas + num_admissions * ADMISSION;  // row, index, block of each
+  for (int i = thread; i < sizes[NUM_APPENDED]; i += threads) {
+    const int row = host_int(appended + 3 * i), index = host_int(appended + 3 * i + 1);
+    block_tables[(long long)row * max_blocks + index] = host_int(appended + 3 * i + 2);
+  }
+  for (int i = blockIdx.x; i < num_admissions; i += gridDim.x)
+    admit(table, deltas + i * ADMISSION, deltas);
+}
+
+// output, the host's: the sampled tokens, [MAX_ROWS], then whether each row of the batch can not be
+// trusted any more.
+extern "C" __global__ void end_step(const int* __restrict__ sizes, const int* __restrict__ rows,
+                                    const int* __restrict__ faulted,
+                                    const int* __restrict__ sampled, int* output) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (i < sizes[1]) faults[i] = faulted[rows[i]];
+  if (i < sizes[3]) output[i] = sampled[i];
+  if (i < sizes[1]) output[MAX_ROWS + i] = faulted[rows[i]];
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 import pytest
 
@@ -37,9 +39,13 @@ def bits(words: torch.Tensor) -> set[int]:
     return set(np.flatnonzero(unpacked).tolist())
 
 
+def pinned(size: int) -> torch.Tensor:
+    return torch.full((size,), -7, dtype=torch.int32, pin_memory=True)
+
+
 @pytest.mark.sanitize
-@pytest.mark.parametrize("at", [step.DELTAS, 0])
-def test_admissions_and_blocks_land_in_their_rows(table: step.SequenceTensors, at: int) -> None:
+@pytest.mark.parametrize("apart", [False, True])
+def test_admissions_and_blocks_land_in_their_rows(table: step.SequenceTensors, apart: bool) -> None:
     rng = np.random.default_rng(1)
     table.faulted.fill_(1)
     table.sampling.seen.fill_(-1)
@@ -63,17 +69,22 @@ def test_admissions_and_blocks_land_in_their_rows(table: step.SequenceTensors, a
     )
     appended = [(int(row), int(index), int(rng.integers(1, 99))) for row in (1, 5, 700)
                 for index in range(30)]  # fmt: skip
-    deltas = pack_deltas(command, np.array(appended, np.int32), at)
-    step_input = torch.zeros(at + len(deltas.values), dtype=torch.int32, device=DEVICE)
-    step_input[at:] = torch.from_numpy(deltas.values)
-    step.apply_deltas(
-        step_input,
-        table,
-        num_admissions=deltas.num_admissions,
-        admissions_at=deltas.admissions_at,
-        num_appended=deltas.num_appended,
-        appended_at=deltas.appended_at,
-    )
+    deltas = np.frombuffer(pack_deltas(command, list(chain(*appended))), np.int32)
+    rows = order_rows([5, 1], [0, 3], [9, 1], [0] * 6)
+    host_input = pinned(step.DELTAS + len(deltas))
+    pack_rows(rows, command, len(appended), host_input.numpy().data)
+    step_input = torch.full((step.DELTAS,), -7, dtype=torch.int32, device=DEVICE)
+    elsewhere = torch.from_numpy(deltas.copy()).to(DEVICE) if apart else None
+    if not apart:
+        host_input[step.DELTAS :] = torch.from_numpy(deltas.copy())
+    step.begin_step(host_input, step_input, table, deltas=elsewhere)()
+    torch.cuda.synchronize()
+    got = step_input.cpu()
+    assert got[step.SIZES : step.ROWS].tolist()[:5] == [10, 2, 1, len(tokens), len(appended)]
+    assert got[step.ROWS : step.ROWS + 3].tolist() == [1, 5, -7]
+    assert got[step.STARTS : step.STARTS + 3].tolist() == [3, 0, -7]
+    assert got[step.COUNTS : step.COUNTS + 3].tolist() == [1, 9, -7]
+    assert got[step.SAMPLES : step.SAMPLES + 3].tolist() == [0, 0, -7]
     for row, ids in tokens.items():
         assert table.token_ids[row, : len(ids)].tolist() == ids.tolist()
     assert torch.nonzero(table.faulted == 0).flatten().tolist() == list(tokens)
@@ -106,9 +117,12 @@ def test_a_batch_is_spread_over_its_tokens(table: step.SequenceTensors, num_rows
     table.token_ids.random_(0, VOCAB)
     table.block_tables.random_(1, 1000)
     ids, blocks = table.token_ids.cpu().numpy(), table.block_tables.cpu().numpy()
-    ordered = order_rows(rows, starts, counts, known)
     packed = np.zeros(step.DELTAS, np.int32)
-    pack_rows(ordered, packed)
+    commanded = order_rows(rows.tolist(), starts.tolist(), counts.tolist(), known.tolist())
+    pack_rows(commanded, StepCommand(), 0, packed.data)
+    order = np.array(commanded.order, np.int64)
+    rows, starts, counts = rows[order], starts[order], counts[order]
+    samples = np.array(commanded.samples, np.bool_)
     total = int(counts.sum())
     padded = max(total + 5, 1)
     batch = step.allocate_batch(padded, DEVICE)
@@ -118,12 +132,12 @@ def test_a_batch_is_spread_over_its_tokens(table: step.SequenceTensors, num_rows
         torch.from_numpy(packed).to(DEVICE), table, batch, num_padded=padded, block_size=BLOCK
     )
     got = {name: column.cpu().numpy() for name, column in batch._asdict().items()}
-    decodes = ordered.num_decode_rows
-    assert got["sizes"].tolist() == [total, num_rows, decodes, int(ordered.samples.sum())]
-    token_rows = np.repeat(ordered.rows, ordered.counts)
-    first = np.cumsum(ordered.counts) - ordered.counts
-    positions = np.arange(total) + np.repeat(ordered.starts - first, ordered.counts)
-    assert (got["rows"][:num_rows] == ordered.rows).all()
+    decodes = commanded.num_decode_rows
+    assert got["sizes"].tolist() == [total, num_rows, decodes, commanded.num_samples]
+    token_rows = np.repeat(rows, counts)
+    first = np.cumsum(counts) - counts
+    positions = np.arange(total) + np.repeat(starts - first, counts)
+    assert (got["rows"][:num_rows] == rows).all()
     assert (got["first_tokens"][:num_rows] == first).all()
     assert (got["token_rows"][:total] == token_rows).all()
     assert (got["positions"][:total] == positions).all()
@@ -131,26 +145,36 @@ def test_a_batch_is_spread_over_its_tokens(table: step.SequenceTensors, num_rows
     slots = blocks[token_rows, positions // BLOCK] * BLOCK + positions % BLOCK
     assert (got["slots"][:total] == slots).all()
     sample_index = np.full(total, -1)
-    sample_index[(first + ordered.counts - 1)[ordered.samples]] = np.arange(ordered.samples.sum())
+    sample_index[(first + counts - 1)[samples]] = np.arange(commanded.num_samples)
     assert (got["sample_index"][:total] == sample_index).all()
     for name, padding in (("token_rows", 0), ("positions", 0), ("slots", 0), ("sample_index", -1)):
         assert (got[name][total:] == padding).all()
-    samples = int(ordered.samples.sum())
-    assert (got["sample_rows"][:samples] == ordered.rows[ordered.samples]).all()
-    ends = ordered.starts + ordered.counts
-    assert (got["sample_positions"][:samples] == ends[ordered.samples]).all()
-    pages = np.cumsum([0, *(ordered.starts[:decodes] // 16 + 1)])
-    tiles = np.cumsum([0, *-(-ordered.counts[decodes:] // 128)])
+    num_samples = commanded.num_samples
+    assert (got["sample_rows"][:num_samples] == rows[samples]).all()
+    ends = starts + counts
+    assert (got["sample_positions"][:num_samples] == ends[samples]).all()
+    pages = np.cumsum([0, *(starts[:decodes] // 16 + 1)])
+    tiles = np.cumsum([0, *-(-counts[decodes:] // 128)])
     assert (got["page_offsets"][: decodes + 1] == pages).all()
     assert (got["tile_offsets"][: num_rows - decodes + 1] == tiles).all()
 
 
 @pytest.mark.sanitize
-def test_faults_are_gathered_by_batch_row(table: step.SequenceTensors) -> None:
+def test_tokens_and_faults_are_handed_out_in_the_order_of_the_batch(
+    table: step.SequenceTensors,
+) -> None:
     batch = step.allocate_batch(8, DEVICE)
-    batch.sizes[1] = 3
+    batch.sizes.copy_(torch.tensor([9, 3, 1, 2]))
     batch.rows[:3] = torch.tensor([7, 2, 9])
     table.faulted[2] = 1
-    faults = torch.full((step.MAX_ROWS,), -7, dtype=torch.int32, device=DEVICE)
-    step.gather_faults(batch, table.faulted, faults)
-    assert faults[:4].tolist() == [0, 1, 0, -7]
+    sampled = torch.arange(100, 100 + step.MAX_ROWS, dtype=torch.int32, device=DEVICE)
+    output = pinned(step.OUTPUTS)
+    launch = step.end_step(batch, table.faulted, sampled, output)
+    launch()
+    torch.cuda.synchronize()
+    assert output[:3].tolist() == [100, 101, -7]
+    assert output[step.MAX_ROWS :][:4].tolist() == [0, 1, 0, -7]
+    table.faulted[9] = 1
+    launch()
+    torch.cuda.synchronize()
+    assert output[step.MAX_ROWS :][:4].tolist() == [0, 1, 1, -7], "launched again, it reads again"

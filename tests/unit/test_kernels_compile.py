@@ -83,7 +83,7 @@ def sources() -> Iterator[Source]:
     """What the models compile on the current device; of many alike, gemv, those of most rows."""
     for name, dtype in [*((name, torch.bfloat16) for name in SHAPES), (SMALLEST, torch.float16)]:
         for source, constants in kernels_of(decoder(name), dtype, 16):
-            if source != "gemv" or constants["ROWS"] == gemv.MAX_ROWS or name == SMALLEST:
+            if source != "gemv" or constants["ROWS"] == gemv.VECTOR_ROWS or name == SMALLEST:
                 yield source, tuple(constants.items())
 
 

@@ -7,17 +7,17 @@ import torch
 
 from mili.worker.cpu.batch import make_batch
 from mili.worker.cpu.kv_cache import KVCache
+from mili.worker.cpu.sequence_table import CpuSequenceTable
 from mili.worker.models.config import DecoderConfig
 from mili.worker.models.rope import Rope
-from mili.worker.sequence_table import SequenceTable
 
 SHAPE = DecoderConfig(
     "LlamaForCausalLM", 320, 64, 128, 1, 2, 1, 64, 1e-5, 1024, True, Rope(1e4, None)
 )
 
 
-def make_table() -> tuple[SequenceTable, KVCache]:
-    table = SequenceTable(
+def make_table() -> tuple[CpuSequenceTable, KVCache]:
+    table = CpuSequenceTable(
         max_rows=9, max_model_len=256, block_size=16, num_blocks=200, vocab_size=320
     )
     generator = np.random.default_rng(0)

@@ -12,7 +12,7 @@ import torch
 
 from mili.kernels.reference import AttentionGroup, plan_attention
 from mili.worker.cpu.kv_cache import KVCache
-from mili.worker.sequence_table import IntArray, SequenceTable
+from mili.worker.cpu.sequence_table import CpuSequenceTable, IntArray
 
 
 class Batch(NamedTuple):
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 
 
 def make_batch(
-    table: SequenceTable, cache: KVCache, rows: IntArray, starts: IntArray, counts: IntArray
+    table: CpuSequenceTable, cache: KVCache, rows: IntArray, starts: IntArray, counts: IntArray
 ) -> Batch:
     """rows, starts, counts: [rows], checked by the table."""
     order = np.lexsort((-(starts + counts), counts > 1))

@@ -27,9 +27,9 @@ from mili.worker.cpu.batch import Batch, make_batch
 from mili.worker.cpu.decoder import Decoder
 from mili.worker.cpu.kv_cache import KVCache, count_blocks
 from mili.worker.cpu.sampler import sample_rows
+from mili.worker.cpu.sequence_table import CpuSequenceTable, IntArray
 from mili.worker.dtype import choose_dtype
 from mili.worker.models.config import context_limit, read_decoder_config
-from mili.worker.sequence_table import IntArray, SequenceTable
 from mili.worker.startup import Startup
 from mili.worker.weights import open_weights
 
@@ -47,7 +47,7 @@ class CpuRunner:
         limit = context_limit(decoder_config, config.max_model_len)
         self.dtype: torch.dtype = getattr(torch, choose_dtype(config.dtype, config.device))
         num_blocks = count_blocks(config, decoder_config, self.dtype.itemsize, limit)
-        self._table = SequenceTable(
+        self._table = CpuSequenceTable(
             max_rows=config.max_num_seqs + 1,
             max_model_len=limit,
             block_size=config.block_size,
@@ -58,7 +58,7 @@ class CpuRunner:
             decoder_config,
             num_blocks=num_blocks,
             block_size=config.block_size,
-            max_blocks_per_row=self._table.block_table.shape[1],
+            max_blocks_per_row=self._table.max_row_blocks,
             dtype=self.dtype,
         )
         self._max_step_tokens = config.max_num_batched_tokens or _DEFAULT_STEP_TOKENS
@@ -82,7 +82,7 @@ class CpuRunner:
         return Ready(
             num_blocks=self._cache.num_blocks,
             block_size=self._cache.block_size,
-            max_rows=len(self._table.num_known),
+            max_rows=self._table.max_rows,
             max_step_tokens=self._max_step_tokens,
             max_model_len=self._table.max_model_len,
             vocab_size=self._vocab_size,
@@ -111,9 +111,11 @@ class CpuRunner:
     def execute(self, command: StepCommand) -> StepResult:
         """Execute one step. Raises CommandError, after which nothing more may be executed."""
         started = time.perf_counter()
-        rows, starts, counts = self._table.apply(command)
+        applied = self._table.apply(command)
+        columns = (applied.rows, applied.starts, applied.counts)
+        rows, starts, counts = (np.array(column, np.int64) for column in columns)
         num_new, token_ids = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
-        alive = np.flatnonzero(~self._table.faulted[rows])
+        alive = np.flatnonzero(~self._table.is_faulted(rows))
         if alive.size:
             batch = make_batch(self._table, self._cache, rows[alive], starts[alive], counts[alive])
             sampled, tokens = self._compute(batch)
@@ -125,7 +127,7 @@ class CpuRunner:
             token_ids=token_ids[num_new == 1].tolist(),
             faults=[
                 RowFault(index=index, kind=ROW_FAULT_KIND_NUMERIC)
-                for index in np.flatnonzero(self._table.faulted[rows]).tolist()
+                for index in np.flatnonzero(self._table.is_faulted(rows)).tolist()
             ],
             device_microseconds=round((time.perf_counter() - started) * 1e6),
         )
@@ -134,13 +136,14 @@ class CpuRunner:
         """Run the model; return which of the batch's rows sampled a token, and the tokens."""
         table = self._table
         hidden = self._decoder.forward(batch, self._cache)
-        table.num_computed[batch.rows] = batch.ends
+        for row, end in zip(batch.rows.tolist(), batch.ends.tolist(), strict=True):
+            table.num_computed[row] = end
         num_tokens = batch.last_tokens[-1] + 1  # without padding
         finite = hidden[:num_tokens].isfinite().all(dim=1).numpy()  # [tokens]
         if not finite.all():
             self._fault(batch, ~np.logical_and.reduceat(finite, batch.first_tokens))
-        complete = batch.ends == table.num_known[batch.rows]
-        sampled = np.flatnonzero(complete & ~table.faulted[batch.rows])
+        complete = batch.ends == table.known(batch.rows)
+        sampled = np.flatnonzero(complete & ~table.is_faulted(batch.rows))
         if not sampled.size:
             return sampled, sampled
         last_tokens = batch.last_tokens[sampled]
@@ -157,7 +160,7 @@ class CpuRunner:
 
     def _fault(self, batch: Batch, rows: npt.NDArray[np.bool_]) -> None:
         """Mark rows, [rows] bool, until they are admitted again, and clear what they wrote."""
-        self._table.faulted[batch.rows[rows]] = True
+        self._table.faulted.update(batch.rows[rows].tolist())
         counts = batch.last_tokens - batch.first_tokens + 1
         tokens = np.flatnonzero(np.repeat(rows, counts))
         self._cache.clear(batch.slots[torch.from_numpy(tokens)])

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 
 from mili.kernels.reference_sampling import SamplingRows, penalize_repetition_, sample, suppress_
-from mili.worker.sequence_table import IntArray, SequenceTable
+from mili.worker.cpu.sequence_table import CpuSequenceTable, IntArray
 
 
-def sample_rows(logits: torch.Tensor, table: SequenceTable, rows: IntArray) -> torch.Tensor:
+def sample_rows(logits: torch.Tensor, table: CpuSequenceTable, rows: IntArray) -> torch.Tensor:
     """Return one token for each of `rows`, [rows] int64. logits: [rows, vocab], overwritten."""
     sampling = [table.sampling[row] for row in rows]
-    positions = table.num_known[rows]
+    positions = table.known(rows)
     penalty = torch.tensor([s.repetition_penalty for s in sampling])
     if any(s.repetition_penalty not in (0, 1) for s in sampling):
         history = torch.from_numpy(table.token_ids[rows, : positions.max()])

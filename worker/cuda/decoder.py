@@ -47,9 +47,10 @@ class Activations(NamedTuple):
     logits: torch.Tensor  # [max_samples, vocab_size] float32
 
 
-def few_rows_limit(config: DecoderConfig) -> int:
-    """Rows up to which reading weights row by row beats cuBLAS; measured on an H100."""
-    return 4 if config.hidden_size <= 2048 else 2
+def few_rows_limit(config: DecoderConfig, dtype: torch.dtype) -> int:
+    """Rows up to which reading weights row by row beats cuBLAS."""
+    attended = config.num_heads * config.head_dim
+    return gemv.max_rows(dtype, config.hidden_size, attended, config.intermediate_size)
 
 
 class Decoder:
@@ -84,7 +85,7 @@ class Decoder:
         else:
             self._head = source.take("lm_head.weight", *table)
         source.finish()
-        self._few_rows_limit = few_rows_limit(config)
+        self._few_rows_limit = few_rows_limit(config, dtype)
         self.activations = self._allocate(max_tokens, max_samples)
 
     def _take_layer(self, source: WeightSource, index: int, frequencies: torch.Tensor) -> _Layer:
@@ -217,9 +218,16 @@ class Decoder:
             overlap=True,
         )
         self._attend(index, layer, batch, table, qkv, attended, prefills=False)
-        gemv.gemv(attended, layer.output, x, residual=x)
-        gemv.gemv_swiglu(x, layer.gate_up, activated, norm_weight=layer.mlp_norm, epsilon=epsilon)
-        gemv.gemv(activated, layer.down, x, residual=x)
+        gemv.gemv(attended, layer.output, x, residual=x, overlap=True)
+        gemv.gemv_swiglu(
+            x,
+            layer.gate_up,
+            activated,
+            norm_weight=layer.mlp_norm,
+            epsilon=epsilon,
+            overlap=True,
+        )
+        gemv.gemv(activated, layer.down, x, residual=x, overlap=True)
 
     def _many_rows(
         self,
@@ -297,7 +305,7 @@ class Decoder:
         """Logits of the first samples, padding included: [num_samples, vocab_size] float32."""
         sampled = self.activations.sampled[:num_samples]
         logits = self.activations.logits[:num_samples]
-        if num_samples <= self._few_rows_limit:
+        if num_samples <= gemv.VECTOR_ROWS:
             gemv.gemv_logits(sampled, self._head, logits)
         else:
             torch.mm(sampled, self._head.t(), torch.float32, out=logits)

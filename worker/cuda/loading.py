@@ -83,13 +83,9 @@ def kernels_of(
     )
     yield prefill_attention.source(dtype, shape.head_dim)
     yield "sampling", {"SCALAR": "__nv_bfloat16"}
-    products = (
-        (-(-qkv_size // 2), hidden),
-        (-(-hidden // 2), q_size),
-        (size, hidden),
-        (-(-hidden // 2), size),
-        (-(-shape.vocab_size // 2), hidden),
-    )
-    for rows in row_buckets(few_rows_limit(shape)):
-        for units, k in products:
-            yield "gemv", gemv.constants(dtype, rows=rows, units=units, k=k)
+    for rows in row_buckets(few_rows_limit(shape, dtype)):
+        for n, k in ((qkv_size, hidden), (hidden, q_size), (hidden, size)):
+            yield gemv.source(dtype, rows=rows, n=n, k=k)
+        yield gemv.source(dtype, rows=rows, n=size, k=hidden, gated=True)
+        if rows <= gemv.VECTOR_ROWS:
+            yield gemv.source(dtype, rows=rows, n=shape.vocab_size, k=hidden)

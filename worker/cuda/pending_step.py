@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
-
 from mili.internal.v1.step_pb2 import ROW_FAULT_KIND_NUMERIC, RowFault, StepResult
 from mili.kernels.step import MAX_ROWS
 from mili.worker.cuda.staging import StepRows
@@ -25,20 +23,23 @@ class PendingStep(NamedTuple):
     def result(self) -> StepResult:
         """Wait for the step's end. May be called from another thread."""
         self.slot.ended.synchronize()
-        order, samples = self.rows.order, self.rows.samples
-        num_rows = len(order)
-        faulted = np.empty(num_rows, np.bool_)  # in the command's order, like all below
-        faulted[order] = self.slot.output_array[MAX_ROWS : MAX_ROWS + num_rows] != 0
-        tokens = np.full(num_rows, -1, np.int64)
-        tokens[order[samples]] = self.slot.output_array[: np.count_nonzero(samples)]
-        sampled = (tokens >= 0) & ~faulted
+        rows, output = self.rows, self.slot.output
+        sampled = iter(output[: rows.num_samples].tolist())
+        faulted = output[MAX_ROWS : MAX_ROWS + len(rows.order)].tolist()
+        tokens: dict[int, int] = {}  # by place in the command
+        for place, samples, fault in zip(rows.order, rows.samples, faulted, strict=True):
+            token = next(sampled) if samples else None
+            if token is not None and not fault:
+                tokens[place] = token
+        places = range(len(rows.order))
         return StepResult(
             step=self.step,
-            num_new=sampled.astype(int).tolist(),
-            token_ids=tokens[sampled].tolist(),
+            num_new=[int(place in tokens) for place in places],
+            token_ids=[tokens[place] for place in places if place in tokens],
             faults=[
-                RowFault(index=index, kind=ROW_FAULT_KIND_NUMERIC)
-                for index in np.flatnonzero(faulted).tolist()
+                RowFault(index=place, kind=ROW_FAULT_KIND_NUMERIC)
+                for place, fault in sorted(zip(rows.order, faulted, strict=True))
+                if fault
             ],
             device_microseconds=round(self.slot.started.elapsed_time(self.slot.ended) * 1000),
         )

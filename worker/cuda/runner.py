@@ -3,36 +3,22 @@
 Owns the model, its KV cache and the sequence table on the device, and the order of a step's
 launches on one stream. Does not know where commands come from.
 
-A step is one copy of its input to the device, a kernel that applies what changed, a graph of the
-forward pass and the sampling (two where prompts take part), and one copy of the results back. A
-sampled token reaches the next step on the device, so that the next may be launched before this
-one's result is known.
+A step is a kernel that takes over what changed, a graph of the forward pass and the sampling (two
+where prompts take part), and a kernel that hands out the results. A sampled token reaches the next
+step on the device, so that the next may be launched before this one's result is known.
 """
 
 from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
 import structlog
 import torch
 
 from mili.hub.folder import ModelFolder
-from mili.internal.v1.step_pb2 import (
-    Ready,
-    StepCommand,
-    StepResult,
-)
+from mili.internal.v1.step_pb2 import Ready, StepCommand, StepResult
 from mili.kernels.sampling import Sampler
-from mili.kernels.step import (
-    DELTAS,
-    MAX_ROWS,
-    allocate_batch,
-    allocate_sequences,
-    apply_deltas,
-    gather_faults,
-    make_batch,
-)
+from mili.kernels.step import MAX_ROWS, allocate_batch, allocate_sequences, make_batch
 from mili.worker.config import WorkerConfig
 from mili.worker.cuda.buckets import (
     row_buckets,
@@ -45,8 +31,8 @@ from mili.worker.cuda.graphs import Graphs
 from mili.worker.cuda.loading import load_decoder
 from mili.worker.cuda.memory import check_device, count_blocks, log_capacity, out_of_memory
 from mili.worker.cuda.pending_step import PendingStep
-from mili.worker.cuda.staging import StepRows, order_rows, pack_deltas, pack_rows
-from mili.worker.cuda.transfer import Slot, Transfer
+from mili.worker.cuda.staging import order_rows, pack_deltas, pack_rows
+from mili.worker.cuda.transfer import Transfer
 from mili.worker.models.config import context_limit, read_decoder_config
 from mili.worker.sequence_table import SequenceTable
 from mili.worker.startup import Startup
@@ -54,10 +40,6 @@ from mili.worker.startup import Startup
 log = structlog.get_logger()
 
 DEFAULT_STEP_TOKENS = 8192
-# Integers of a step's input that are copied at once; a step that admits more copies twice.
-_INPUT_CAPACITY = DELTAS + (1 << 16)
-# Above any pipeline depth that a router may have.
-_MAX_IN_FLIGHT = 32
 # Tokens of a step that is not recorded are padded to a multiple of this.
 _PADDING = 64
 
@@ -121,9 +103,8 @@ class CudaRunner:
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error, device) from error
         log_capacity(num_blocks, config.block_size)
-        self._transfer = Transfer(
-            capacity=_INPUT_CAPACITY, outputs=2 * MAX_ROWS, slots=_MAX_IN_FLIGHT, device=device
-        )
+        with torch.cuda.stream(self._stream):
+            self._transfer = Transfer(self._batch, self._sequences, device)
         self._graphs = Graphs(enabled=not config.enforce_eager)
         self._row_buckets = row_buckets(max_samples)
         self._sample_buckets = sample_buckets(max_samples)
@@ -141,7 +122,7 @@ class CudaRunner:
         return Ready(
             num_blocks=self.cache.shape[1],
             block_size=self._block_size,
-            max_rows=len(self._table.num_known),
+            max_rows=self._table.max_rows,
             max_step_tokens=self._max_step_tokens,
             max_model_len=self._table.max_model_len,
             vocab_size=self._vocab_size,
@@ -157,8 +138,7 @@ class CudaRunner:
         """Record every graph, on a batch without rows."""
         with self._startup.phase("record graphs"), torch.cuda.stream(self._stream):
             slot = self._transfer.take()
-            slot.input_array[:DELTAS] = 0
-            self._transfer.begin(slot, DELTAS)
+            self._transfer.begin(slot, b"")
             for size in reversed(self._row_buckets):
                 self._run(size, size, size)
             for size in reversed(self._sample_buckets):
@@ -170,46 +150,27 @@ class CudaRunner:
             slot.ended.synchronize()
         log.info("graphs recorded", graphs=len(self._graphs))
 
-    @torch.inference_mode()
     def start(self, command: StepCommand) -> PendingStep:
-        """Launch one step. Raises CommandError, after which nothing more may be executed."""
-        rows = order_rows(*self._table.apply(command), self._table.num_known)
-        num_samples = int(np.count_nonzero(rows.samples))
+        """Launch one step. Raises CommandError, after which nothing more may be executed.
+
+        Leaves the runner's stream as the thread's current one.
+        """
+        applied = self._table.apply(command)
+        rows = order_rows(applied.rows, applied.starts, applied.counts, self._table.num_known)
         slot = self._transfer.take()
-        with torch.cuda.stream(self._stream), torch.cuda.nvtx.range(f"step {command.step}"):
-            self._copy_in(slot, command, rows)
-            self._run(rows.num_tokens, rows.num_decode_rows, num_samples)
-            self._transfer.end(slot)
-        self._table.advance(rows.rows, rows.starts + rows.counts, rows.samples)
+        pack_rows(rows, command, len(applied.appended) // 3, slot.columns)
+        torch.cuda.set_stream(self._stream)
+        torch.cuda.nvtx.range_push(f"step {command.step}")  # type: ignore[no-untyped-call]
+        self._transfer.begin(slot, pack_deltas(command, applied.appended))
+        self._run(rows.num_tokens, rows.num_decode_rows, rows.num_samples)
+        self._transfer.end(slot)
+        torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
+        self._table.advance(rows.rows, rows.ends, rows.samples)
         return PendingStep(command.step, rows, slot)
 
     def execute(self, command: StepCommand) -> StepResult:
         """Execute one step, and wait for it."""
         return self.start(command).result()
-
-    def _copy_in(self, slot: Slot, command: StepCommand, rows: StepRows) -> None:
-        pack_rows(rows, slot.input_array)
-        if not command.admissions and not len(self._table.appended):
-            self._transfer.begin(slot, DELTAS)
-            return
-        deltas = pack_deltas(command, self._table.appended)
-        end = DELTAS + len(deltas.values)
-        step_input = self._transfer.input
-        if end <= self._transfer.capacity:
-            slot.input_array[DELTAS:end] = deltas.values
-            self._transfer.begin(slot, end)
-        else:
-            self._transfer.begin(slot, DELTAS)
-            deltas = pack_deltas(command, self._table.appended, at=0)
-            step_input = torch.from_numpy(deltas.values).to(self._device)
-        apply_deltas(
-            step_input,
-            self._sequences,
-            num_admissions=deltas.num_admissions,
-            admissions_at=deltas.admissions_at,
-            num_appended=deltas.num_appended,
-            appended_at=deltas.appended_at,
-        )
 
     def _run(self, num_tokens: int, num_decode_rows: int, num_samples: int) -> None:
         """Compute the batch that the input names, in the smallest graphs that hold it."""
@@ -225,14 +186,13 @@ class CudaRunner:
             self._compute(-(-num_tokens // _PADDING) * _PADDING, prefills=True)
         if num_samples:
             self._sample(num_samples)
-        self._gather_faults()
 
     def _decode(self, num_rows: int) -> None:
         """A whole step in which every row has one new token; nearly all of them sample."""
         self._compute(num_rows, prefills=False)
         self._compute_samples(num_rows)
-        self._gather_faults()
 
+    @torch.inference_mode()
     def _compute(self, num_tokens: int, *, prefills: bool) -> None:
         make_batch(
             self._transfer.input,
@@ -243,14 +203,12 @@ class CudaRunner:
         )
         self._decoder.forward(self._batch, self._sequences, num_tokens, prefills=prefills)
 
-    def _gather_faults(self) -> None:
-        gather_faults(self._batch, self._sequences.faulted, self._transfer.output[MAX_ROWS:])
-
     def _sample(self, num_samples: int) -> None:
         size = smallest(self._sample_buckets, num_samples)
         assert size is not None, num_samples
         self._graphs.run(("sample", size), partial(self._compute_samples, size))
 
+    @torch.inference_mode()
     def _compute_samples(self, num_samples: int) -> None:
         self._sampler.sample(
             self._decoder.compute_logits(num_samples),
@@ -260,6 +218,6 @@ class CudaRunner:
             self._batch.sizes,
             self._sequences.token_ids,
             self._sequences.faulted,
-            self._transfer.output[:MAX_ROWS],
+            self._transfer.sampled,
             self._logprobs,
         )

@@ -5,124 +5,101 @@ Owns the way from protobuf to kernels/step.py's input. Does not touch the device
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
+from operator import add
 from typing import NamedTuple
-
-import numpy as np
-import numpy.typing as npt
 
 from mili.internal.v1.step_pb2 import Admission, StepCommand
 from mili.kernels.step import (
-    ADMISSION_FIELDS,
+    ADMISSION,
     ADMISSION_SIZE,
     COUNTS,
-    DELTAS,
     ROWS,
     SAMPLES,
     SIZES,
     STARTS,
 )
-from mili.worker.sequence_table import IntArray
 
-Int32Array = npt.NDArray[np.int32]
+TOKEN_BYTES = 4
+_MAX_INT = 2**31 - 1
 
 
 class StepRows(NamedTuple):
     """A command's rows in the order in which they are computed: first those of one new token.
 
-    order: where each stands in the command. samples: whether its known tokens are all computed
-    after this step, so that it gives the next one.
+    order: where each stands in the command. ends: computed tokens after this step. samples: whether
+    its known tokens are all computed then, so that it gives the next one.
     """
 
-    order: IntArray  # [rows]
-    rows: IntArray  # [rows]
-    starts: IntArray  # [rows]
-    counts: IntArray  # [rows]
-    samples: npt.NDArray[np.bool_]  # [rows]
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.counts.sum())
-
-    @property
-    def num_decode_rows(self) -> int:
-        return int(np.count_nonzero(self.counts == 1))
+    order: Sequence[int]
+    rows: list[int]
+    starts: list[int]
+    counts: list[int]
+    ends: list[int]
+    samples: list[bool]
+    num_tokens: int
+    num_decode_rows: int
+    num_samples: int
 
 
-def order_rows(rows: IntArray, starts: IntArray, counts: IntArray, num_known: IntArray) -> StepRows:
-    """rows, starts, counts: [rows] as commanded; num_known: [table_rows]."""
-    order = np.argsort(counts > 1, kind="stable")
-    rows, starts, counts = rows[order], starts[order], counts[order]
-    return StepRows(order, rows, starts, counts, starts + counts == num_known[rows])
+def order_rows(
+    rows: list[int], starts: list[int], counts: list[int], num_known: Sequence[int]
+) -> StepRows:
+    """rows, starts, counts: as commanded; num_known: [table_rows]."""
+    order: Sequence[int] = range(len(rows))
+    num_decode_rows = counts.count(1)
+    if num_decode_rows < len(rows):
+        order = sorted(order, key=lambda index: counts[index] > 1)
+        rows, starts, counts = ([column[i] for i in order] for column in (rows, starts, counts))
+    ends = list(map(add, starts, counts))
+    samples = [end == num_known[row] for row, end in zip(rows, ends, strict=True)]
+    return StepRows(
+        order, rows, starts, counts, ends, samples, sum(counts), num_decode_rows, sum(samples)
+    )
 
 
-def pack_rows(step: StepRows, target: Int32Array) -> None:
-    """Write the fixed columns of the input, target[:DELTAS]."""
+def pack_rows(step: StepRows, command: StepCommand, num_appended: int, target: memoryview) -> None:
+    """Write the sizes and the columns of the input, target[:DELTAS], int32."""
     num_rows = len(step.rows)
-    target[SIZES : SIZES + 3] = step.num_tokens, num_rows, step.num_decode_rows
+    sizes = (step.num_tokens, num_rows, step.num_decode_rows, len(command.admissions), num_appended)
     for at, column in (
+        (SIZES, sizes),
         (ROWS, step.rows),
         (STARTS, step.starts),
         (COUNTS, step.counts),
         (SAMPLES, step.samples),
     ):
-        target[at : at + num_rows] = column
+        target[at : at + len(column)] = array("i", column)
 
 
-class Deltas(NamedTuple):
-    """What `apply_deltas` reads, to stand at DELTAS in the input."""
-
-    values: Int32Array
-    num_admissions: int
-    admissions_at: int
-    num_appended: int
-    appended_at: int
-
-
-def pack_deltas(command: StepCommand, appended: Int32Array, at: int = DELTAS) -> Deltas:
-    """appended: [blocks, 3], row, index and id of each. at: where in the input they will stand."""
-    num_admissions = len(command.admissions)
-    records = np.zeros((num_admissions, ADMISSION_SIZE), np.int32)
-    parts: list[Int32Array] = [records.reshape(-1), appended.reshape(-1)]
-    end = at + sum(len(part) for part in parts)
-    for record, admission in zip(records, command.admissions, strict=True):
-        tokens = np.frombuffer(admission.token_ids, "<i4")
-        suppressed = np.array(admission.sampling.suppressed_token_ids, np.int32)
-        record[: len(ADMISSION_FIELDS)] = _fields(admission, len(tokens), end, len(suppressed))
-        parts += [tokens, suppressed]
-        end += len(tokens) + len(suppressed)
-    return Deltas(
-        np.concatenate(parts),
-        num_admissions,
-        at,
-        len(appended),
-        at + num_admissions * ADMISSION_SIZE,
-    )
+def pack_deltas(command: StepCommand, appended: Sequence[int]) -> bytes:
+    """What stands behind the columns. appended: row, index and id of each appended block."""
+    parts = [b""] * len(command.admissions) + [array("i", appended).tobytes()]
+    end = ADMISSION_SIZE * len(command.admissions) + len(appended)
+    for index, admission in enumerate(command.admissions):
+        suppressed = array("i", admission.sampling.suppressed_token_ids)
+        num_tokens = len(admission.token_ids) // TOKEN_BYTES
+        parts[index] = _record(admission, num_tokens, end, len(suppressed))
+        parts += (admission.token_ids, suppressed.tobytes())
+        end += num_tokens + len(suppressed)
+    return b"".join(parts)
 
 
-def _fields(
-    admission: Admission, num_tokens: int, tokens_at: int, num_suppressed: int
-) -> tuple[int, ...]:
-    """In the order of ADMISSION_FIELDS."""
+def _record(admission: Admission, num_tokens: int, tokens_at: int, num_suppressed: int) -> bytes:
     sampling = admission.sampling
-    floats = np.array(
-        [sampling.temperature, sampling.top_p, sampling.min_p, sampling.repetition_penalty],
-        np.float32,
-    )
-    temperature, top_p, min_p, repetition_penalty = floats.view(np.int32).tolist()
-    seed_low, seed_high = np.array([sampling.seed], np.uint64).view(np.int32).tolist()
-    return (
+    return ADMISSION.pack(
         admission.row,
         num_tokens,
         tokens_at,
-        temperature,
-        min(sampling.top_k, 2**31 - 1),
-        top_p,
-        min_p,
-        repetition_penalty,
-        seed_low,
-        seed_high,
+        sampling.temperature,
+        min(sampling.top_k, _MAX_INT),
+        sampling.top_p,
+        sampling.min_p,
+        sampling.repetition_penalty,
+        sampling.seed,
         # Without ids the row's bits are left as they were, and must not be read.
-        min(sampling.suppress_until_position, 2**31 - 1) if num_suppressed else 0,
+        min(sampling.suppress_until_position, _MAX_INT) if num_suppressed else 0,
         num_suppressed,
         tokens_at + num_tokens,
     )

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import torch
 
-from mili.kernels.gemv import gemv, gemv_logits, gemv_swiglu
+from mili.kernels.gemv import VECTOR_ROWS, gemv, gemv_logits, gemv_swiglu
 from tests.performance.kernels.line import Line, line, timed
 
-ROWS = (1, 2, 4)
+ROWS = (1, 2, 4, 8)
 EPSILON = 1e-6
 _DEVICE = torch.device("cuda")
 
@@ -74,7 +74,11 @@ class Step:
                 for one, of in pairs
             ],
             "down": [partial(gemv, self._activated, one.down, self._x, **add) for one, _ in pairs],
-            "head": [partial(gemv_logits, self._x, self._head, self._logits, overlap=overlap)],
+            "head": [
+                partial(gemv_logits, self._x, self._head, self._logits, overlap=overlap)
+                if len(self._x) <= VECTOR_ROWS
+                else self._product(self._x, self._head, self._rounded_logits)
+            ],
         }
 
     def chain(self, *, overlap: bool) -> None:

@@ -1,0 +1,65 @@
+"""What each row holds on a CPU: beside the counters its tokens, its block table and its sampling.
+
+Owns these three. Does not know how they are checked: that is worker/sequence_table.py, for any
+device.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from mili.internal.v1.step_pb2 import Sampling, StepCommand
+from mili.worker.sequence_table import Applied, SequenceTable
+
+IntArray = npt.NDArray[np.int64]
+
+
+class CpuSequenceTable(SequenceTable):
+    """Memory of token_ids and block_table is taken from the machine when it is first touched."""
+
+    def __init__(
+        self,
+        *,
+        max_rows: int,
+        max_model_len: int,
+        block_size: int,
+        num_blocks: int,
+        vocab_size: int,
+    ) -> None:
+        super().__init__(
+            max_rows=max_rows,
+            max_model_len=max_model_len,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            vocab_size=vocab_size,
+        )
+        # One more than the limit: the last token may be sampled, and is never computed.
+        self.token_ids = np.zeros((max_rows, max_model_len + 1), np.int64)
+        self.block_table = np.zeros((max_rows, self.max_row_blocks), np.int64)
+        self.sampling = [Sampling()] * max_rows
+
+    def apply(self, command: StepCommand) -> Applied:
+        """Check a command and take it over. Raises CommandError."""
+        applied = super().apply(command)
+        for admission in command.admissions:
+            token_ids = np.frombuffer(admission.token_ids, "<u4")
+            self.token_ids[admission.row, : len(token_ids)] = token_ids
+            self.sampling[admission.row] = admission.sampling
+        rows, indices, blocks = np.array(applied.appended, np.int64).reshape(-1, 3).T
+        self.block_table[rows, indices] = blocks
+        return applied
+
+    def known(self, rows: IntArray) -> IntArray:
+        """Known tokens of each row."""
+        return np.array([self.num_known[row] for row in rows.tolist()], np.int64)
+
+    def is_faulted(self, rows: IntArray) -> npt.NDArray[np.bool_]:
+        """Whether each row is."""
+        return np.array([row in self.faulted for row in rows.tolist()], np.bool_)
+
+    def append_tokens(self, rows: IntArray, token_ids: IntArray) -> None:
+        """Append each row's sampled token to what it knows."""
+        self.token_ids[rows, self.known(rows)] = token_ids
+        for row in rows.tolist():
+            self.num_known[row] += 1
