@@ -22,7 +22,6 @@ What holds (each has a test):
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple
 
 from mili.internal.v1.step_pb2 import TASK_GENERATE, Admission, StepCommand, StepResult
 from mili.router.errors import Reason
@@ -31,66 +30,11 @@ from mili.router.kv_cache import KVCacheManager
 from mili.router.limits import Limits
 from mili.router.queue import Key, Line, WaitingQueue
 from mili.router.request import Request
+from mili.router.step_plan import Scheduled, StepInFlight, StepPlan
 
 # Known tokens of all admissions in one command, four bytes each: a frame has its limit, 16 MiB, and
 # so has the time that a worker may take to read it.
 MAX_ADMITTED_TOKENS = 1 << 20
-
-
-class Scheduled(NamedTuple):
-    """One row of a step in flight, as it was when the command was made."""
-
-    request: Request
-    admission: int
-    # Positions that are computed once this step is done.
-    num_computed: int
-    samples: bool
-
-
-class StepInFlight(NamedTuple):
-    step: int
-    rows: list[Scheduled]
-    num_tokens: int  # that it computes
-
-
-class _Plan:
-    """A step while it is put together: a message's own columns are slow to append to."""
-
-    __slots__ = (
-        "admissions",
-        "block_ids",
-        "block_rows",
-        "counts",
-        "num_admitted_tokens",
-        "rows",
-        "scheduled",
-        "starts",
-    )
-
-    def __init__(self) -> None:
-        self.admissions: list[Admission] = []
-        self.num_admitted_tokens = 0
-        self.block_rows: list[int] = []
-        self.block_ids: list[int] = []
-        self.rows: list[int] = []
-        self.starts: list[int] = []
-        self.counts: list[int] = []
-        self.scheduled: list[Scheduled] = []
-
-    def add_blocks(self, row: int, blocks: list[int]) -> None:
-        self.block_rows += [row] * len(blocks)
-        self.block_ids += blocks
-
-    def command(self, step: int) -> StepCommand:
-        return StepCommand(
-            step=step,
-            admissions=self.admissions,
-            block_rows=self.block_rows,
-            block_ids=self.block_ids,
-            rows=self.rows,
-            starts=self.starts,
-            num_tokens=self.counts,
-        )
 
 
 class Scheduler:
@@ -154,7 +98,7 @@ class Scheduler:
 
     def schedule(self) -> StepCommand | None:
         """The next step, or None when there is nothing to compute now."""
-        plan = _Plan()
+        plan = StepPlan()
         self.preempted = []
         budget = self.max_step_tokens
         to_come = len(self.running)
@@ -227,7 +171,7 @@ class Scheduler:
         waiting = sum(len(request.token_ids) for request in self.waiting.values())
         assert waiting == self.num_waiting_tokens
 
-    def _make_room(self, request: Request, count: int, plan: _Plan) -> bool:
+    def _make_room(self, request: Request, count: int, plan: StepPlan) -> bool:
         """Grow the request's blocks, preempting the last in line; False when it was that itself."""
         while (blocks := self.kv.grow(request, request.num_computed + count)) is None:
             victim = self.running.last
@@ -238,7 +182,7 @@ class Scheduler:
             plan.add_blocks(request.row, blocks)
         return True
 
-    def _admit(self, plan: _Plan) -> Request | None:
+    def _admit(self, plan: StepPlan) -> Request | None:
         """Move the next waiting request to a row, if there is room for all its known tokens."""
         if not self.waiting or len(self.running) >= self.max_running:
             return None
@@ -274,7 +218,7 @@ class Scheduler:
         plan.add_blocks(request.row, blocks)
         return request
 
-    def _compute(self, request: Request, count: int, plan: _Plan) -> int:
+    def _compute(self, request: Request, count: int, plan: StepPlan) -> int:
         """Put `count` tokens of the request into the step. Counters advance here, not in update."""
         start = request.num_computed
         request.num_computed = end = start + count

@@ -24,6 +24,7 @@ CORE = (
     "fair_share",
     "request",
     "queue",
+    "step_plan",
     "kv_cache",
     "scheduler",
 )
