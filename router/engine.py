@@ -140,13 +140,14 @@ class Engine:
         now = self._clock()
         schedulers = self._schedulers.values()
         usages = [scheduler.kv.usage() for scheduler in schedulers]
-        held, blocks = sum(each.held for each in usages), sum(each.total - 1 for each in usages)
+        available = sum(usage.free + usage.evictable for usage in usages)
+        blocks = sum(usage.total - 1 for usage in usages)
         waiting_tokens = sum(scheduler.num_waiting_tokens for scheduler in schedulers)
         return Load(
             queued_requests=self.num_queued,
             queued_prompt_tokens=waiting_tokens + self._homeless.num_tokens,
             running_sequences=sum(len(scheduler.running) for scheduler in schedulers),
-            kv_utilization=held / max(1, blocks),
+            kv_utilization=1 - available / blocks if blocks else 0.0,
             prefix_hit_ratio=self._ledger.meter.prefix_hit_ratio(now),
             output_tokens_per_second=self._ledger.meter.output_tokens_per_second(now),
             estimated_queue_time=min((p.backlog for p in self._pipelines.values()), default=0.0),

@@ -15,7 +15,7 @@ from mili.router.request import Timing, Usage
 class Load(NamedTuple):
     """Of all worker groups together. Times are in seconds.
 
-    kv_utilization: the part of all KV blocks that running requests hold. prefix_hit_ratio: the part
+    kv_utilization: the part of all KV blocks that running requests use. prefix_hit_ratio: the part
     of prompt tokens that came from the cache, of the last seconds. estimated_queue_time: what a
     request of the usual size would wait that came now.
     """

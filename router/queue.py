@@ -111,9 +111,10 @@ class WaitingQueue:
         return (request.request_id for request in self.values())
 
     def values(self) -> list[Request]:
-        """Every request: lane after lane, in the order in which the lanes stand now."""
-        lanes = sorted(self._lanes.values(), key=lambda lane: lane.order)
-        return [request for lane in lanes for request in lane.line.values()]
+        """Every request, in the order that holds now."""
+        lanes = self._lanes.values()
+        requests = [request for lane in lanes for request in lane.line.values()]
+        return sorted(requests, key=_order)
 
     @property
     def cost(self) -> float:
@@ -193,3 +194,7 @@ def _urgency(request: Request) -> Urgency:
 
 def _arrival(request: Request) -> Key:
     return request.arrival, request.request_id
+
+
+def _order(request: Request) -> tuple[Urgency, float, Key]:
+    return _urgency(request), request.account.served, _arrival(request)

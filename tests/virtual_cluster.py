@@ -52,6 +52,9 @@ class StepCost(NamedTuple):
         return self.base + self.per_token * tokens + self.per_context * context
 
 
+QWEN3_8B = StepCost()
+
+
 @dataclass
 class Call:
     """One call, and what its caller saw of it. Times are of the virtual clock."""
@@ -87,9 +90,7 @@ class VirtualGroup:
 
     weights_sha256 = b"w" * 32
 
-    def __init__(
-        self, name: str, cluster: VirtualCluster, limits: Limits, cost: StepCost = StepCost()
-    ) -> None:
+    def __init__(self, name: str, cluster: VirtualCluster, limits: Limits, cost: StepCost) -> None:
         self.name = name
         self.limits = limits
         self.cost = cost
@@ -143,7 +144,7 @@ class VirtualCluster:
         self,
         groups: int = 1,
         limits: Limits = LIMITS,
-        cost: StepCost = StepCost(),
+        cost: StepCost = QWEN3_8B,
         **settings: Any,  # noqa: ANN401
     ) -> None:
         self.now = 0.0

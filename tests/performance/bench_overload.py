@@ -62,7 +62,7 @@ def measure(rate: float, max_queue_time: float, seconds: float, seed: int = 1) -
     end = WARM_UP + seconds
     calls = [cluster.call(at, random_call(source)) for at in poisson(source, rate, 0.0, end)]
     cluster.run(until=end)
-    completed = [call for call in calls if call.completed and WARM_UP < (call.ended_at or 0)]
+    completed = [call for call in calls if call.completed and (call.ended_at or 0) > WARM_UP]
     admitted = [call for call in calls if call.at >= WARM_UP and call.token_times]
     waits = [call.time_to_first_token for call in admitted]
     return Figures(
@@ -82,25 +82,25 @@ def capacity(seconds: float) -> Figures:
     end = WARM_UP + seconds
     calls = [cluster.call(0.0, random_call(source)) for _ in range(int(200 * end))]
     cluster.run(until=end)
-    completed = [call for call in calls if call.completed and WARM_UP < (call.ended_at or 0)]
+    completed = [call for call in calls if call.completed and (call.ended_at or 0) > WARM_UP]
     tokens = sum(len(call.token_times) for call in completed)
     return Figures(tokens / seconds, len(completed) / seconds, 0.0, 0.0, Counter(), 0.0)
 
 
-def recovery(rate: float, limit: float, max_queue_time: float) -> float:
-    """Seconds from the end of 20 s at 5 times `rate` until calls at 80 % of it fare well again.
+def recovery(rate: float, limit: float, max_queue_time: float, seconds: float = 20.0) -> float:
+    """Seconds from the end of so many at 5 times `rate` until calls at 80 % of it fare well again.
 
     That is: the last call that was refused, or waited for its first token for longer than `limit`.
     """
     source = random.Random(2)
     cluster = TimedCluster(max_queue_time)
     calls: list[Call] = []
-    for load, begin, end in ((5.0, 0.0, 20.0), (0.8, 20.0, 50.0)):
+    for load, begin, end in ((5.0, 0.0, seconds), (0.8, seconds, 2 * seconds)):
         times = poisson(source, load * rate, begin, end)
         calls += [cluster.call(at, random_call(source)) for at in times]
-    cluster.run(until=60.0)
+    cluster.run(until=3 * seconds)
     bad = (call.at for call in calls if call.error or call.time_to_first_token > limit)
-    return max(0.0, max(bad) - 20.0)
+    return max(0.0, max(bad) - seconds)
 
 
 def main() -> None:
@@ -114,7 +114,9 @@ def main() -> None:
     relaxed = measure(0.8 * rate, 10.0, arguments.seconds)
     limit = arguments.max_queue_time or relaxed.ttft_p99
     print(f"80 % load: p99 TTFT {relaxed.ttft_p99 * 1e3:.0f} ms; max_queue_time {limit:.3f} s\n")
-    print("| load | goodput | of capacity | p50 TTFT | p99 TTFT | p99 / at 80 % | refused | refusal |")
+    print(
+        "| load | goodput | of capacity | p50 TTFT | p99 TTFT | p99 / at 80 % | refused | refusal |"
+    )
     print("|--:|--:|--:|--:|--:|--:|---|--:|")
     for load in (0.8, 1.0, 2.0, 5.0):
         figures = measure(load * rate, limit, arguments.seconds)
