@@ -44,6 +44,11 @@ class RouterConfig(BaseModel):
     max_queued_requests: int = Field(
         default=1024, ge=1, description="Requests that may wait; more are refused."
     )
+    max_queue_time: float = Field(
+        default=10.0,
+        gt=0,
+        description="Seconds that a request waits at most, if it does not say.",
+    )
     worker_timeout: float = Field(
         default=1.0, ge=0.5, description="Seconds without progress until a worker is lost."
     )

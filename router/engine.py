@@ -1,46 +1,39 @@
 """Engine: from submitted requests to batches of outputs, over all worker groups.
 
-Owns every live request, where it runs, and what happens to it when its worker is lost. Does not
-know sockets, protobuf of the public API, or asyncio: it is called with events and calls back with
-values, so that API front ends could be processes of their own and a test can drive the clock.
+Owns every live request and who is told what. Does not know sockets, protobuf of the public API, or
+asyncio: it is called with events and calls back with values, so that API front ends could be
+processes of their own and a test can drive the clock.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import update_wrapper
 from typing import Concatenate, ParamSpec, TypeVar
 
 import structlog
 
 from mili.internal.v1.step_pb2 import StepResult
+from mili.router.admission import Admission
+from mili.router.deadlines import Deadlines, end_if_over, times_of
 from mili.router.errors import Reason, RequestError
+from mili.router.fair_share import FairShare
+from mili.router.introspection import Explanation, Load
+from mili.router.ledger import Ledger
+from mili.router.pipeline import Pipeline
 from mili.router.placement import place
+from mili.router.recovery import RETRY_AFTER, Homeless, judge
 from mili.router.request import (
     Finish,
-    Finished,
     FinishReason,
     GenerationParams,
     Request,
     RequestOutput,
-    Started,
     TextOutput,
 )
 from mili.router.scheduler import Scheduler
 from mili.router.worker_group import WorkerGroup
-
-# What a client should wait before it asks again when no worker serves: about a worker's restart.
-RETRY_AFTER = 1.0
-# Deaths of the worker under a lone suspect, without a token between, that make it the cause.
-MAX_STRIKES = 2
-# Deaths of its worker that one request may live through.
-MAX_DEATHS = 16
-
-# Steps in flight that hide the way from a result to the next command; more where a step is shorter
-# than that way, in seconds, may be.
-SHALLOW, DEEP = 2, 3
-SHORT_STEP = 0.002
 
 Deliver = Callable[[list[RequestOutput]], None]
 Clock = Callable[[], float]
@@ -76,7 +69,8 @@ class Engine:
 
     clock: monotonic seconds. deliver: gets the outputs of a step; exactly one output of a request
     has `finished`, and its id is free from then on. on_fault: the engine is broken and must not be
-    used any more.
+    used any more. wake_at: hears by when, in the clock's seconds, tick() should be called next.
+    max_queue_time: seconds that a request waits which does not say.
     """
 
     def __init__(
@@ -90,20 +84,22 @@ class Engine:
         deliver: Deliver,
         on_fault: OnFault,
         clock: Clock,
+        max_queue_time: float = math.inf,
+        wake_at: Callable[[float], None] = lambda due: None,
     ) -> None:
         self._model_context_limit = model_context_limit
         self._pipeline_depth = pipeline_depth
-        self._max_queued = max_queued_requests
-        self._recovery_timeout = recovery_timeout
         self._make_text = make_text
         self._deliver = deliver
         self._on_fault = on_fault
         self._clock = clock
-        self._groups: dict[str, WorkerGroup] = {}  # those that serve
+        self._shares = FairShare()
+        self._admission = Admission(self._shares, max_queued_requests, max_queue_time)
+        self._deadlines = Deadlines(wake_at)
+        self._homeless = Homeless(recovery_timeout)
+        self._ledger = Ledger()
+        self._pipelines: dict[str, Pipeline] = {}  # of the groups that serve
         self._schedulers: dict[str, Scheduler] = {}  # by the same names
-        self._requests: dict[str, Request] = {}
-        # Without a worker group, in order: their worker was lost and no other serves.
-        self._homeless: OrderedDict[str, Request] = OrderedDict()
 
     @property
     def context_limit(self) -> int:
@@ -114,20 +110,21 @@ class Engine:
     @property
     def block_size(self) -> int:
         """Tokens in a KV block; 0 while no worker serves."""
-        return next((group.limits.block_size for group in self._groups.values()), 0)
+        return next((scheduler.kv.block_size for scheduler in self._schedulers.values()), 0)
 
     @property
     def weights_sha256(self) -> bytes:
         """The same for every worker; empty while none serves."""
-        return next((group.weights_sha256 for group in self._groups.values()), b"")
+        groups = (pipeline.group for pipeline in self._pipelines.values())
+        return next((group.weights_sha256 for group in groups), b"")
 
     @property
     def is_serving(self) -> bool:
-        return bool(self._groups)
+        return bool(self._pipelines)
 
     @property
     def num_live(self) -> int:
-        return len(self._requests)
+        return len(self._ledger)
 
     @property
     def num_queued(self) -> int:
@@ -138,185 +135,189 @@ class Engine:
         """The scheduler of a group that serves: for looking, not for changing."""
         return self._schedulers.get(group)
 
+    def load(self) -> Load:
+        """How busy all groups together are now."""
+        now = self._clock()
+        schedulers = self._schedulers.values()
+        usages = [scheduler.kv.usage() for scheduler in schedulers]
+        available = sum(usage.free + usage.evictable for usage in usages)
+        blocks = sum(usage.total - 1 for usage in usages)
+        waiting_tokens = sum(scheduler.num_waiting_tokens for scheduler in schedulers)
+        return Load(
+            queued_requests=self.num_queued,
+            queued_prompt_tokens=waiting_tokens + self._homeless.num_tokens,
+            running_sequences=sum(len(scheduler.running) for scheduler in schedulers),
+            kv_utilization=1 - available / blocks if blocks else 0.0,
+            prefix_hit_ratio=self._ledger.meter.prefix_hit_ratio(now),
+            output_tokens_per_second=self._ledger.meter.output_tokens_per_second(now),
+            estimated_queue_time=min((p.backlog for p in self._pipelines.values()), default=0.0),
+        )
+
+    def explain(self, request_id: str) -> Explanation | None:
+        """Tell what happened to a request; None for one that is not remembered."""
+        request = self._ledger.get(request_id)
+        position = 0
+        if request and not request.row and request not in self._homeless:
+            position = self._schedulers[request.worker].waiting.position(request)
+        return self._ledger.explain(request_id, self._clock(), position)
+
     @_event
     def submit(self, request_id: str, params: GenerationParams) -> None:
-        """Take a request; raise RequestError when that is impossible now."""
-        assert request_id not in self._requests
-        if not self._groups:
-            raise RequestError(
-                Reason.NO_WORKERS, "no worker serves at the moment", retry_after=RETRY_AFTER
-            )
-        if self.num_queued >= self._max_queued:
-            raise RequestError(
-                Reason.QUEUE_FULL,
-                f"{self.num_queued} requests wait already, of at most {self._max_queued}",
-                retry_after=RETRY_AFTER,
-            )
-        if len(params.prompt_token_ids) >= self.context_limit:
-            raise RequestError(
-                Reason.CONTEXT_TOO_LONG,
-                f"the prompt has {len(params.prompt_token_ids)} tokens; at most "
-                f"{self.context_limit - 1} fit",
-                field="generation.prompt",
-            )
-        request = Request(
-            request_id,
-            params,
-            context_limit=self.context_limit,
-            text=self._make_text(params),
-            now=self._clock(),
-        )
-        self._requests[request_id] = request
-        self._place([request])
+        """Take a request; raise RequestError when that is impossible now, or in vain."""
+        assert request_id not in self._ledger
+        self._check(params)
+        now = self._clock()
+        request = Request(request_id, params, context_limit=self.context_limit, now=now)
+        self._admission.receive(request)
+        name = place(request, self._schedulers)
+        wait = self._pipelines[name].estimated_wait(request) if name else 0.0
+        self._admission.check(request, wait)
+        displaced = self._make_way(request, name, wait)
+        request.text = self._make_text(params)
+        self._ledger.open(request)
+        self._ledger.note(request, now, "queued", f"for about {wait:.2f} s")
+        self._deadlines.watch(request, *times_of(request))
+        self._settle(request, name, now)
+        self._tell(displaced, self._pump(name) if name else [])
 
     @_event
     def cancel(self, request_id: str) -> bool:
         """End a request with CANCELLED; False when it is not live."""
-        request = self._requests.get(request_id)
+        request = self._ledger.get(request_id)
         if request is None:
             return False
         request.end(Finish(FinishReason.CANCELLED))
-        if self._homeless.pop(request_id, None) is None:
-            self._schedulers[request.worker].abort(request)
-        started = self._pump(request.worker) if request.worker in self._groups else []
-        self._deliver([self._output(request), *started])
+        self._drop([request])
         return True
 
     @_event
     def tick(self) -> None:
-        """Give up requests that have waited for a worker for too long. Call it now and then."""
+        """End the requests whose time is over. Call it at the latest when wake_at says so."""
         now = self._clock()
-        expired = [
-            request
-            for request in self._homeless.values()
-            if now - request.waiting_since > self._recovery_timeout
-        ]
-        for request in expired:
-            del self._homeless[request.request_id]
-            waited = f"its worker was lost, and none took over within {self._recovery_timeout:g} s"
-            request.fail(Reason.WORKER_LOST, waited, retry_after=RETRY_AFTER)
-        if expired:
-            self._deliver([self._output(request) for request in expired])
+        over: list[Request] = []
+        for request in self._deadlines.due(now):
+            end_if_over(request, now)
+            if request in self._homeless and not request.finish:
+                self._homeless.give_up(request, now)
+            if request.finish:
+                over.append(request)
+        self._drop(over)
 
     @_event
     def on_ready(self, group: WorkerGroup) -> None:
         """A worker group serves from now on, with an empty cache."""
-        limits = group.limits
-        self._groups[group.name] = group
-        scheduler = self._schedulers[group.name] = Scheduler(limits)
+        pipeline = Pipeline(group, self._shares, self._pipeline_depth)
+        self._pipelines[group.name] = pipeline
+        self._schedulers[group.name] = pipeline.scheduler
         log.info(
             "worker serves",
             worker=group.name,
-            kv_tokens=(limits.num_blocks - 1) * limits.block_size,
-            context_limit=scheduler.context_limit,
-            max_sequences=scheduler.max_running,
-            tokens_per_step=limits.max_step_tokens,
+            kv_tokens=(group.limits.num_blocks - 1) * group.limits.block_size,
+            context_limit=pipeline.scheduler.context_limit,
+            max_sequences=pipeline.scheduler.max_running,
+            tokens_per_step=group.limits.max_step_tokens,
         )
         # Whoever waits elsewhere may be better off here.
         waiting = [request for other in self._schedulers.values() for request in other.withdraw()]
-        waiting += self._homeless.values()
-        self._homeless.clear()
-        self._place(waiting)
+        self._place([*waiting, *self._homeless.leave()])
 
     @_event
     def on_result(self, group: WorkerGroup, result: StepResult) -> None:
         """A step is done: send the next before telling anyone."""
-        scheduler = self._schedulers[group.name]
-        news = scheduler.update(result)
+        now = self._clock()
+        news = self._pipelines[group.name].take(result, now)
         started = self._pump(group.name)
-        self._deliver([*(self._output(request, token) for request, token in news), *started])
+        self._ledger.meter.output(len(result.token_ids), now)
+        outputs = [self._ledger.output(request, token, now) for request, token in news]
+        for request, _token in news:
+            if request.finish:
+                self._admission.learn(request)
+        self._deliver(outputs + started)
 
     @_event
     def on_lost(self, group: WorkerGroup, reason: str, *, died: bool) -> None:
         """A worker group is gone, and its cache with it: its requests go on elsewhere."""
-        del self._groups[group.name]
+        del self._pipelines[group.name]
         requests = self._schedulers.pop(group.name).evacuate(died=died)
         log.warning("worker lost", worker=group.name, reason=reason, requests=len(requests))
         now = self._clock()
         for request in requests:
             request.waiting_since = now
-            if request.strikes >= MAX_STRIKES:
-                request.fail(
-                    Reason.POISON_REQUEST,
-                    f"{MAX_STRIKES} workers died while computing this request and no other suspect",
-                )
-            elif request.total_deaths >= MAX_DEATHS:
-                request.fail(
-                    Reason.WORKER_LOST,
-                    f"{MAX_DEATHS} workers died while computing this request",
-                    retry_after=RETRY_AFTER,
-                )
-        failed = [self._output(request) for request in requests if request.finish]
+            self._ledger.note(request, now, "worker_lost", f"{group.name}: {reason}")
+            judge(request)
         self._place([request for request in requests if not request.finish])
-        if failed:
-            self._deliver(failed)
+        self._tell([request for request in requests if request.finish])
+
+    def _check(self, params: GenerationParams) -> None:
+        """Raise RequestError for what no worker could do now."""
+        if not self._pipelines:
+            message = "no worker serves at the moment"
+            raise RequestError(Reason.NO_WORKERS, message, retry_after=RETRY_AFTER)
+        length, limit = len(params.prompt_token_ids), self.context_limit
+        if length >= limit:
+            message = f"the prompt has {length} tokens; at most {limit - 1} fit"
+            raise RequestError(Reason.CONTEXT_TOO_LONG, message, field="generation.prompt")
+
+    def _make_way(self, newcomer: Request, name: str | None, wait: float) -> list[Request]:
+        """If the queue is full, its last one ends; raise RequestError if that is the newcomer."""
+        if self.num_queued < self._admission.max_queued:
+            return []
+        last = self._schedulers[name].waiting.last(newcomer) if name else newcomer
+        error = self._admission.queue_full(wait)
+        if last is newcomer:
+            raise error
+        last.end(Finish(FinishReason.ERROR, error=error))
+        self._schedulers[last.worker].abort(last)
+        return [last]
+
+    def _drop(self, ended: Sequence[Request]) -> None:
+        """Requests have ended from outside: use what they leave, and tell them."""
+        names: dict[str, None] = {}
+        for request in ended:
+            if request in self._homeless:
+                self._homeless.remove(request)
+            else:
+                self._schedulers[request.worker].abort(request)
+                names[request.worker] = None
+        started = [output for name in names for output in self._pump(name)]
+        self._tell(ended, started)
 
     def _place(self, requests: Sequence[Request]) -> None:
-        """Give requests to worker groups, in order; what fits none waits for one.
+        """Give requests to worker groups; what fits none waits for one.
 
-        Those that have started already come before those that wait.
+        Those that were interrupted come before those that never began.
         """
-        started = [request for request in requests if request.num_admissions]
-        fresh = [request for request in requests if not request.num_admissions]
-        placed: dict[str, None] = {}
-        homeless: dict[str, None] = {}
-        for request in (*reversed(started), *fresh):
+        now = self._clock()
+        names: dict[str, None] = {}
+        for request in sorted(requests, key=lambda each: (not each.num_admissions, each.arrival)):
             name = place(request, self._schedulers)
-            if name is None:
-                homeless[request.request_id] = None
-                continue
-            scheduler = self._schedulers[name]
-            request.worker = name
-            request.max_length = min(request.max_length, scheduler.context_limit)
-            scheduler.add(request, first=request.num_admissions > 0)
-            placed[name] = None
-        self._homeless |= {
-            request.request_id: request for request in requests if request.request_id in homeless
-        }
-        outputs = [output for name in placed for output in self._pump(name)]
-        if outputs:
-            self._deliver(outputs)
+            self._settle(request, name, now)
+            if name is not None:
+                names[name] = None
+        self._tell([], [output for name in names for output in self._pump(name)])
+
+    def _settle(self, request: Request, name: str | None, now: float) -> None:
+        """Let a request wait where it was placed."""
+        if name is None:
+            self._deadlines.watch(request, self._homeless.add(request))
+            return
+        scheduler = self._schedulers[name]
+        request.worker = name
+        request.max_length = min(request.max_length, scheduler.context_limit)
+        scheduler.add(request)
+        self._ledger.note(request, now, "placed", name)
 
     def _pump(self, name: str) -> list[RequestOutput]:
         """Keep the pipeline of a group full; returns what to tell the requests that started."""
-        scheduler, group = self._schedulers[name], self._groups[name]
-        started: list[RequestOutput] = []
-        depth = self._pipeline_depth or (DEEP if group.last_step_seconds < SHORT_STEP else SHALLOW)
-        while len(scheduler.in_flight) < depth:
-            command = scheduler.schedule()
-            if command is None:
-                break
-            rows = scheduler.in_flight[-1].rows
-            group.send(command, [row.samples for row in rows], self._clock())
-            if command.admissions:
-                started += self._started(row.request for row in rows)
-        return started
-
-    def _started(self, requests: Iterable[Request]) -> list[RequestOutput]:
-        """What to tell those that were admitted for the first time."""
-        outputs: list[RequestOutput] = []
-        for request in requests:
-            if request.admitted_at is None:
-                request.admitted_at = self._clock()
-                usage = request.usage
-                start = Started(usage.prompt_tokens, usage.cached_prompt_tokens)
-                outputs.append(RequestOutput(request.request_id, started=start))
-        return outputs
-
-    def _output(self, request: Request, token: int | None = None) -> RequestOutput:
-        """What to tell a request after a step; the last output takes it off the books."""
         now = self._clock()
-        token_ids = () if token is None else (token,)
-        if token_ids and request.first_token_at is None:
-            request.first_token_at = now
-        finished = None
-        if request.finish is not None:
-            finished = Finished(request.finish, request.usage, request.timing(now))
-            del self._requests[request.request_id]
-        return RequestOutput(
-            request.request_id,
-            token_ids=token_ids,
-            text=request.text.take() if request.text else "",
-            first_token_index=request.num_output_tokens - len(token_ids),
-            finished=finished,
-        )
+        admitted, preempted = self._pipelines[name].fill(now)
+        for request in preempted:
+            self._ledger.note(request, now, "preempted", name)
+        return [self._ledger.started(each, now) for each in admitted if each.admitted_at is None]
+
+    def _tell(self, ended: Sequence[Request], started: Sequence[RequestOutput] = ()) -> None:
+        """Deliver the last output of requests that have ended, and the first of others."""
+        now = self._clock()
+        outputs = [*(self._ledger.output(request, None, now) for request in ended), *started]
+        if outputs:
+            self._deliver(outputs)

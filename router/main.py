@@ -70,6 +70,8 @@ class Router:
             deliver=self._deliver,
             on_fault=self._break,
             clock=time.monotonic,
+            max_queue_time=config.max_queue_time,
+            wake_at=self._wake_at,
         )
         self._workers = Workers(
             self._engine, interface_sha256=interface, worker_timeout=config.worker_timeout
@@ -84,6 +86,7 @@ class Router:
                 list_workers=self._list_workers,
                 startup_phases=phases,
             )
+        self._alarm: asyncio.TimerHandle | None = None
         self._stop = asyncio.Event()
         self._exit_code = CLEAN
 
@@ -120,6 +123,12 @@ class Router:
             self._engine.tick()
             self._api.set_ready(self._engine.is_serving and not self._stop.is_set())
             await asyncio.sleep(TICK_SECONDS)
+
+    def _wake_at(self, due: float) -> None:
+        """Let the engine look at its deadlines on time, not only at the next tick."""
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm = asyncio.get_running_loop().call_at(due, self._engine.tick)
 
     def _break(self, error: Exception) -> None:
         """Something of ours is in a state that nobody thought of: do not go on with it."""

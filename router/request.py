@@ -15,6 +15,7 @@ from typing import NamedTuple, Protocol
 
 from mili.internal.v1.step_pb2 import Sampling
 from mili.router.errors import Reason, RequestError
+from mili.router.fair_share import OUTPUT_TOKEN_COST, Account
 
 
 class FinishReason(IntEnum):
@@ -152,9 +153,12 @@ class Request:
     """
 
     __slots__ = (
+        "account",
         "admission",
         "admitted_at",
+        "arrival",
         "deaths",
+        "expected_cost",
         "finish",
         "first_token_at",
         "max_length",
@@ -169,6 +173,7 @@ class Request:
         "num_recoveries",
         "params",
         "peak_computed",
+        "queued_until",
         "request_id",
         "row",
         "strikes",
@@ -180,6 +185,9 @@ class Request:
         "worker",
     )
 
+    # Of its tenant, in the accounts of the schedulers that it is given to.
+    account: Account
+
     def __init__(
         self,
         request_id: str,
@@ -187,15 +195,21 @@ class Request:
         *,
         context_limit: int,
         text: TextOutput | None = None,
+        arrival: int = 0,
         now: float = 0.0,
     ) -> None:
         self.request_id = request_id
+        self.arrival = arrival
         self.params = params
         self.text = text
         self.namespace = params.cache_namespace
         self.token_ids = array("I", params.prompt_token_ids)  # every known token, prompt first
         self.num_prompt_tokens = len(self.token_ids)
         self.max_length = min(self.num_prompt_tokens + params.max_tokens, context_limit)
+        # In token costs (fair_share.py): at first as if it used all its room.
+        self.expected_cost = (
+            self.num_prompt_tokens + (self.max_length - self.num_prompt_tokens) * OUTPUT_TOKEN_COST
+        )
         # Sampled by a step in flight and not yet known.
         self.num_pending = 0
         # Positions whose KV is computed by the steps scheduled so far, of the present admission.
@@ -217,6 +231,8 @@ class Request:
         self.strikes = 0
         self.finish: Finish | None = None
         self.submitted_at = self.waiting_since = now
+        # A worker must have begun by then.
+        self.queued_until = math.inf
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None
         self.worker = ""

@@ -15,97 +15,48 @@ What holds (each has a test):
 6. What is sampled is a function of the request, never of the batch.
 7. At least one token of an admission is computed, so that there is a logit. A block is published
    when the result of the step that filled it is back without a fault.
-8. A request fits the pool alone (the context limit sees to it), and the oldest running request is
-   never preempted for a younger one: preemption ends.
+8. A request fits the pool alone (the context limit sees to it), and the running request of the
+   highest priority, the oldest of these, is never preempted for another: preemption ends.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
-from typing import NamedTuple
+from collections import deque
 
 from mili.internal.v1.step_pb2 import TASK_GENERATE, Admission, StepCommand, StepResult
 from mili.router.errors import Reason
+from mili.router.fair_share import FairShare
 from mili.router.kv_cache import KVCacheManager
 from mili.router.limits import Limits
+from mili.router.queue import Key, Line, WaitingQueue
 from mili.router.request import Request
+from mili.router.step_plan import Scheduled, StepInFlight, StepPlan
 
 # Known tokens of all admissions in one command, four bytes each: a frame has its limit, 16 MiB, and
 # so has the time that a worker may take to read it.
 MAX_ADMITTED_TOKENS = 1 << 20
 
 
-class Scheduled(NamedTuple):
-    """One row of a step in flight, as it was when the command was made."""
-
-    request: Request
-    admission: int
-    # Positions that are computed once this step is done.
-    num_computed: int
-    samples: bool
-
-
-class StepInFlight(NamedTuple):
-    step: int
-    rows: list[Scheduled]
-
-
-class _Plan:
-    """A step while it is put together: a message's own columns are slow to append to."""
-
-    __slots__ = (
-        "admissions",
-        "block_ids",
-        "block_rows",
-        "counts",
-        "num_admitted_tokens",
-        "rows",
-        "scheduled",
-        "starts",
-    )
-
-    def __init__(self) -> None:
-        self.admissions: list[Admission] = []
-        self.num_admitted_tokens = 0
-        self.block_rows: list[int] = []
-        self.block_ids: list[int] = []
-        self.rows: list[int] = []
-        self.starts: list[int] = []
-        self.counts: list[int] = []
-        self.scheduled: list[Scheduled] = []
-
-    def add_blocks(self, row: int, blocks: list[int]) -> None:
-        self.block_rows += [row] * len(blocks)
-        self.block_ids += blocks
-
-    def command(self, step: int) -> StepCommand:
-        return StepCommand(
-            step=step,
-            admissions=self.admissions,
-            block_rows=self.block_rows,
-            block_ids=self.block_ids,
-            rows=self.rows,
-            starts=self.starts,
-            num_tokens=self.counts,
-        )
-
-
 class Scheduler:
     """Continuous batching over one worker group's rows and blocks."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, shares: FairShare | None = None) -> None:
+        """shares: what each tenant has had, of all worker groups together."""
+        self._shares = shares if shares is not None else FairShare()
         self.kv = KVCacheManager(limits.num_blocks, limits.block_size)
         self.context_limit = limits.context_limit
         self.max_step_tokens = limits.max_step_tokens
         # One token a row must always fit the budget: nobody who runs ever starves.
         self.max_running = min(limits.max_rows - 1, limits.max_step_tokens)
-        self.waiting: OrderedDict[str, Request] = OrderedDict()
-        self.running: OrderedDict[str, Request] = OrderedDict()
+        self.waiting = WaitingQueue(self._shares)
+        self.running = Line(_seniority)
         self.in_flight: deque[StepInFlight] = deque()
+        # By the last call of schedule().
+        self.preempted: list[Request] = []
         self._num_rows = limits.max_rows
         self._free_rows = list(range(limits.max_rows - 1, 0, -1))
         # Known tokens of all requests that wait.
-        self._num_waiting_tokens = 0
+        self.num_waiting_tokens = 0
         self._steps = 0
         self._admissions = 0
 
@@ -113,16 +64,22 @@ class Scheduler:
     def num_uncomputed(self) -> int:
         """Known tokens, of all requests, that no step has been asked to compute."""
         running = (len(each.token_ids) - each.num_computed for each in self.running.values())
-        return self._num_waiting_tokens + sum(running)
+        return self.num_waiting_tokens + sum(running)
 
-    def add(self, request: Request, *, first: bool = False) -> None:
-        """Queue a request behind those that wait already, or before them."""
-        assert request.finish is None and request.request_id not in self.running
+    def has_room_for(self, request: Request) -> bool:
+        """Whether it would run without waiting for another to end."""
+        tokens = self.num_waiting_tokens + len(request.token_ids)
+        rows = self.max_running - len(self.running)
+        return len(self.waiting) < rows and tokens <= self.kv.num_available * self.kv.block_size
+
+    def add(self, request: Request) -> None:
+        """Queue a request where it belongs."""
+        assert request.finish is None and not request.row
         assert request.max_length <= self.context_limit
-        self.waiting[request.request_id] = request
-        self._num_waiting_tokens += len(request.token_ids)
-        if first:
-            self.waiting.move_to_end(request.request_id, last=False)
+        scheduling = request.params.scheduling
+        request.account = self._shares.account(scheduling.tenant, scheduling.weight)
+        self.waiting.add(request)
+        self.num_waiting_tokens += len(request.token_ids)
 
     def withdraw(self) -> list[Request]:
         """Give up the requests that have not started, in order: none of them is in flight."""
@@ -134,17 +91,21 @@ class Scheduler:
     def abort(self, request: Request) -> None:
         """Forget a request that has ended; its row and blocks are free at once."""
         assert request.finish is not None
-        if request.request_id in self.waiting:
-            self._stop_waiting(request)
-        else:
+        if request.row:
             self._leave(request)
+        else:
+            self._stop_waiting(request)
 
     def schedule(self) -> StepCommand | None:
         """The next step, or None when there is nothing to compute now."""
-        plan = _Plan()
+        plan = StepPlan()
+        self.preempted = []
         budget = self.max_step_tokens
-        for request in list(self.running.values()):
-            count = min(request.num_schedulable, budget)
+        to_come = len(self.running)
+        for request in self.running.values():
+            # A prompt leaves a token for each of those behind it.
+            to_come -= 1
+            count = min(request.num_schedulable, budget - to_come)
             if count > 0 and request.row and self._make_room(request, count, plan):
                 budget -= self._compute(request, count, plan)
         while budget > 0 and (admitted := self._admit(plan)):
@@ -153,7 +114,9 @@ class Scheduler:
         if not plan.rows:
             return None
         self._steps += 1
-        self.in_flight.append(StepInFlight(self._steps, plan.scheduled))
+        self.in_flight.append(
+            StepInFlight(self._steps, plan.scheduled, self.max_step_tokens - budget)
+        )
         return plan.command(self._steps)
 
     def update(self, result: StepResult) -> list[tuple[Request, int | None]]:
@@ -186,7 +149,10 @@ class Scheduler:
         """
         if died:
             self._count_death()
-        requests = [*self.running.values(), *self.waiting.values()]
+        waiting = self.waiting.values()
+        for request in waiting:
+            self._stop_waiting(request)
+        requests = [*self.running.values(), *waiting]
         for request in requests:
             request.num_recoveries += request.row > 0
             request.row = request.admission = request.num_computed = request.num_pending = 0
@@ -198,16 +164,17 @@ class Scheduler:
         rows = [request.row for request in self.running.values()]
         assert sorted(rows + self._free_rows) == list(range(1, self._num_rows))
         assert len(self.running) <= self.max_running
+        assert self.running.values() == sorted(self.running.values(), key=_seniority)
         for request in (*self.running.values(), *self.waiting.values()):
             assert request.finish is None and request.num_pending >= 0
         assert not any(request.row or request.admission for request in self.waiting.values())
         waiting = sum(len(request.token_ids) for request in self.waiting.values())
-        assert waiting == self._num_waiting_tokens
+        assert waiting == self.num_waiting_tokens
 
-    def _make_room(self, request: Request, count: int, plan: _Plan) -> bool:
-        """Grow the request's blocks, preempting the youngest; False when it was itself that."""
+    def _make_room(self, request: Request, count: int, plan: StepPlan) -> bool:
+        """Grow the request's blocks, preempting the last in line; False when it was that itself."""
         while (blocks := self.kv.grow(request, request.num_computed + count)) is None:
-            victim = next(reversed(self.running.values()))
+            victim = self.running.last
             self._preempt(victim)
             if victim is request:
                 return False
@@ -215,10 +182,12 @@ class Scheduler:
             plan.add_blocks(request.row, blocks)
         return True
 
-    def _admit(self, plan: _Plan) -> Request | None:
-        """Move the first waiting request to a row, if there is room for all its known tokens."""
+    def _admit(self, plan: StepPlan) -> Request | None:
+        """Move the next waiting request to a row, if there is room for all its known tokens."""
+        if not self.waiting or len(self.running) >= self.max_running:
+            return None
         request = self._next_waiting()
-        if request is None or len(self.running) >= self.max_running or request.num_pending:
+        if request is None or request.num_pending:
             return None
         plan.num_admitted_tokens += len(request.token_ids)
         if plan.admissions and plan.num_admitted_tokens > MAX_ADMITTED_TOKENS:
@@ -227,13 +196,14 @@ class Scheduler:
         if blocks is None:
             return None
         self._stop_waiting(request)
-        self.running[request.request_id] = request
         self._admissions += 1
         request.admission = self._admissions
+        self.running.add(request)
         request.row = self._free_rows.pop()
         request.num_recomputed += max(0, request.peak_computed - request.num_computed)
         if request.num_admissions == 0:
             request.num_cached_prompt_tokens = request.num_computed
+            request.account.charge_prompt(len(request.token_ids) - request.num_computed)
         request.num_admissions += 1
         plan.admissions.append(
             Admission(
@@ -248,7 +218,7 @@ class Scheduler:
         plan.add_blocks(request.row, blocks)
         return request
 
-    def _compute(self, request: Request, count: int, plan: _Plan) -> int:
+    def _compute(self, request: Request, count: int, plan: StepPlan) -> int:
         """Put `count` tokens of the request into the step. Counters advance here, not in update."""
         start = request.num_computed
         request.num_computed = end = start + count
@@ -268,7 +238,8 @@ class Scheduler:
         elif token is not None:
             assert row.samples
             request.accept(token)
-            self._num_waiting_tokens += request.request_id in self.waiting
+            request.account.charge_output_token()
+            self.num_waiting_tokens += not request.row
         if request.admission == row.admission and not faulty:
             self.kv.publish(request, row.num_computed)
             request.peak_computed = max(request.peak_computed, row.num_computed)
@@ -276,26 +247,28 @@ class Scheduler:
             self.abort(request)
 
     def _preempt(self, request: Request) -> None:
-        """Take row and blocks; the request waits in front, and starts again from its tokens."""
+        """Take row and blocks; the request waits, and starts again from its tokens."""
         self._leave(request)
         request.row = request.admission = request.num_computed = 0
         request.num_preemptions += 1
-        self.add(request, first=True)
+        self.preempted.append(request)
+        self.add(request)
 
     def _leave(self, request: Request) -> None:
-        del self.running[request.request_id]
+        self.running.remove(request)
         self.kv.release(request)
         self._free_rows.append(request.row)
 
     def _next_waiting(self) -> Request | None:
-        """The first that may run: suspects are tried apart from each other, and hold up nobody."""
-        apart = any(request.is_suspect for request in self.running.values())
-        candidates = (each for each in self.waiting.values() if not (apart and each.is_suspect))
-        return next(candidates, None)
+        """The next that may run: suspects are tried apart from each other, and hold up nobody."""
+        request = self.waiting.first(suspects=True)
+        if request and request.is_suspect and any(r.is_suspect for r in self.running.values()):
+            return self.waiting.first(suspects=False)
+        return request
 
     def _stop_waiting(self, request: Request) -> None:
-        del self.waiting[request.request_id]
-        self._num_waiting_tokens -= len(request.token_ids)
+        self.waiting.remove(request)
+        self.num_waiting_tokens -= len(request.token_ids)
 
     def _count_death(self) -> None:
         executing = {
@@ -310,3 +283,7 @@ class Scheduler:
         suspects = [request for request in executing.values() if request.is_suspect]
         if len(suspects) == 1:
             suspects[0].strikes += 1
+
+
+def _seniority(request: Request) -> Key:
+    return -request.params.scheduling.priority, request.admission

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 from mili.internal.v1.step_pb2 import Sampling, StepResult
 from mili.router.errors import Reason
-from mili.router.request import FinishReason, GenerationParams
+from mili.router.request import FinishReason, GenerationParams, Scheduling
 from tests.fake_worker import EOS, FakeModel, FakeWorker, seed_of
 
 LETTERS = "ab$"
@@ -133,10 +133,17 @@ class Simulation:
             stop_token_ids=frozenset({1} if self.random.random() < 0.05 else ()),
             stop_sequences=stops if self.random.random() < 0.3 else (),
             cache_namespace=namespace,
+            scheduling=Scheduling(
+                tenant=self.random.choice("abc"), priority=self.random.choice((0, 0, 1))
+            ),
         )
         text = FakeText(params.stop_sequences)
         request = self.core.Request(
-            f"r{self.to_submit}", params, context_limit=self.context_limit, text=text
+            f"r{self.to_submit}",
+            params,
+            context_limit=self.context_limit,
+            text=text,
+            arrival=self.totals["requests"],
         )
         self.live[request.request_id] = request
         self.scheduler.add(request)

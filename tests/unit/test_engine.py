@@ -10,9 +10,11 @@ from collections.abc import Sequence
 import pytest
 
 from mili.internal.v1.step_pb2 import Sampling, StepCommand, StepResult
-from mili.router.engine import DEEP, MAX_DEATHS, SHALLOW, SHORT_STEP, Engine
+from mili.router.engine import Engine
 from mili.router.errors import Reason, RequestError
 from mili.router.limits import Limits
+from mili.router.pipeline import DEEP, SHALLOW, SHORT_STEP
+from mili.router.recovery import MAX_DEATHS
 from mili.router.request import Finished, FinishReason, GenerationParams, RequestOutput
 from tests.fake_worker import EOS, FakeModel, FakeWorker, seed_of
 from tests.scheduler_simulation import expected

@@ -16,7 +16,18 @@ from mili.router.request import GenerationParams, Request
 from tests.scheduler_simulation import Simulation
 
 ROUTER = Path(__file__).parents[2] / "router"
-CORE = ("limits", "block_pool", "eviction", "radix_tree", "request", "kv_cache", "scheduler")
+CORE = (
+    "limits",
+    "block_pool",
+    "eviction",
+    "radix_tree",
+    "fair_share",
+    "request",
+    "queue",
+    "step_plan",
+    "kv_cache",
+    "scheduler",
+)
 
 
 def load_core(changes: dict[str, tuple[str, str]] | None = None) -> SimpleNamespace:
@@ -35,7 +46,9 @@ def load_core(changes: dict[str, tuple[str, str]] | None = None) -> SimpleNamesp
             loaded = ModuleType(name)
             sys.modules[name] = loaded
             exec(compile(source, str(path), "exec"), loaded.__dict__)
-        limits, request, scheduler = (sys.modules[names[index]] for index in (0, 4, 6))
+        limits, request, scheduler = (
+            sys.modules[f"mili.router.{module}"] for module in ("limits", "request", "scheduler")
+        )
     finally:
         for name, original in originals.items():
             if original is not None:
@@ -77,8 +90,8 @@ PLANTED = {
     ),
     "admitted again with a token pending": (
         "scheduler",
-        "or len(self.running) >= self.max_running or request.num_pending",
-        "or len(self.running) >= self.max_running",
+        "if request is None or request.num_pending:",
+        "if request is None:",
     ),
     "a faulty block is published": ("scheduler", " and not faulty:", ":"),
     "published before it is computed": (
@@ -98,12 +111,13 @@ PLANTED = {
         "            if request.finish is not None:\n                continue\n",
         "",
     ),
-    "the oldest is preempted": ("scheduler", "next(reversed(self", "next(iter(self"),
+    "the oldest is preempted": ("scheduler", "= self.running.last", "= self.running.first"),
     "pending tokens survive the worker": (
         "scheduler",
         "request.num_computed = request.num_pending = 0",
         "request.num_computed = 0",
     ),
+    "who left stays in line": ("queue", "del self._requests[self.index(request)]", "pass"),
     "row 0 is handed out": (
         "scheduler",
         "range(limits.max_rows - 1, 0, -1)",
