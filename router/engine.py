@@ -16,6 +16,7 @@ import structlog
 
 from mili.internal.v1.step_pb2 import StepResult
 from mili.router.errors import Reason, RequestError
+from mili.router.kv_cache import DEFAULT_CACHE, CacheSettings
 from mili.router.placement import place
 from mili.router.request import (
     Finish,
@@ -90,6 +91,7 @@ class Engine:
         deliver: Deliver,
         on_fault: OnFault,
         clock: Clock,
+        cache: CacheSettings = DEFAULT_CACHE,
     ) -> None:
         self._model_context_limit = model_context_limit
         self._pipeline_depth = pipeline_depth
@@ -99,6 +101,7 @@ class Engine:
         self._deliver = deliver
         self._on_fault = on_fault
         self._clock = clock
+        self._cache = cache
         self._groups: dict[str, WorkerGroup] = {}  # those that serve
         self._schedulers: dict[str, Scheduler] = {}  # by the same names
         self._requests: dict[str, Request] = {}
@@ -203,7 +206,7 @@ class Engine:
         """A worker group serves from now on, with an empty cache."""
         limits = group.limits
         self._groups[group.name] = group
-        scheduler = self._schedulers[group.name] = Scheduler(limits)
+        scheduler = self._schedulers[group.name] = Scheduler(limits, self._cache)
         log.info(
             "worker serves",
             worker=group.name,

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from mili.internal.v1.step_pb2 import TASK_GENERATE, Admission, StepCommand, StepResult
 from mili.router.errors import Reason
-from mili.router.kv_cache import KVCacheManager
+from mili.router.kv_cache import DEFAULT_CACHE, CacheSettings, KVCacheManager
 from mili.router.limits import Limits
 from mili.router.request import Request
 
@@ -93,8 +93,14 @@ class _Plan:
 class Scheduler:
     """Continuous batching over one worker group's rows and blocks."""
 
-    def __init__(self, limits: Limits) -> None:
-        self.kv = KVCacheManager(limits.num_blocks, limits.block_size)
+    def __init__(self, limits: Limits, cache: CacheSettings = DEFAULT_CACHE) -> None:
+        longest = -(-limits.context_limit // limits.block_size)  # blocks; pins leave that many
+        self.kv = KVCacheManager(
+            limits.num_blocks,
+            limits.block_size,
+            cache,
+            max_pinned_blocks=limits.num_blocks - 1 - longest,
+        )
         self.context_limit = limits.context_limit
         self.max_step_tokens = limits.max_step_tokens
         # One token a row must always fit the budget: nobody who runs ever starves.

@@ -16,7 +16,16 @@ from mili.router.request import GenerationParams, Request
 from tests.scheduler_simulation import Simulation
 
 ROUTER = Path(__file__).parents[2] / "router"
-CORE = ("limits", "block_pool", "eviction", "radix_tree", "request", "kv_cache", "scheduler")
+CORE = (
+    "limits",
+    "block_pool",
+    "eviction",
+    "cache_memory",
+    "radix_tree",
+    "request",
+    "kv_cache",
+    "scheduler",
+)
 
 
 def load_core(changes: dict[str, tuple[str, str]] | None = None) -> SimpleNamespace:
@@ -35,7 +44,7 @@ def load_core(changes: dict[str, tuple[str, str]] | None = None) -> SimpleNamesp
             loaded = ModuleType(name)
             sys.modules[name] = loaded
             exec(compile(source, str(path), "exec"), loaded.__dict__)
-        limits, request, scheduler = (sys.modules[names[index]] for index in (0, 4, 6))
+        limits, request, scheduler = (sys.modules[names[index]] for index in (0, 5, 7))
     finally:
         for name, original in originals.items():
             if original is not None:
