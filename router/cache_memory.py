@@ -47,9 +47,12 @@ class CacheMemory:
             num_cached[fingerprint] = num_cached.get(fingerprint, 0) + 1
 
     def evict(self, namespace: bytes, blocks: Sequence[int]) -> None:
-        """`blocks` are no longer cached."""
+        """`blocks`, of one prefix and in its order, are no longer cached.
+
+        The last is noted first, and forgotten first: a prompt misses the first of them first.
+        """
         owner = crc32(namespace) << 32
-        for block in blocks:
+        for block in reversed(blocks):
             fingerprint = self._fingerprints.pop(block)
             self._num_cached[fingerprint] -= 1
             if not self._num_cached[fingerprint]:

@@ -25,7 +25,8 @@ class Node:
     """A span of tokens below its parent's, and the blocks that hold its KV.
 
     locks: how many holders' paths run through this node. A node with locks == 0 may be evicted,
-    leaves first; a lock on a node locks its ancestors too.
+    leaves first; a lock on a node locks its ancestors too. last_used: when it was last unlocked,
+    which for what is not locked is its last use.
     """
 
     __slots__ = ("blocks", "children", "key", "last_used", "locks", "namespace", "parent", "tenant")
@@ -188,7 +189,6 @@ class RadixTree:
             return node
         child = Node(node, key, list(blocks), node.namespace)
         child.locks = 1
-        child.last_used = self._uses
         node.children[key[: self._stride]] = child
         return child
 
@@ -226,7 +226,6 @@ class RadixTree:
         assert parent is not None and 0 < at < len(node.blocks)
         upper = Node(parent, node.key[: at * self._stride], node.blocks[:at], node.namespace)
         upper.locks = node.locks
-        upper.last_used = node.last_used
         node.key = node.key[at * self._stride :]
         node.blocks = node.blocks[at:]
         node.parent = upper
@@ -235,8 +234,6 @@ class RadixTree:
         return upper
 
     def _enter(self, node: Node) -> None:
-        self._uses += 1
-        node.last_used = self._uses
         if node.locks == 0:
             self.num_evictable_blocks -= len(node.blocks)
         node.locks += 1

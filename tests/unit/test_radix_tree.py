@@ -135,6 +135,18 @@ def test_the_order_of_eviction_stays_small() -> None:
     assert sorted(tree.evict(3)) == [1, 2, 3]
 
 
+def test_nothing_is_lost_when_the_order_of_eviction_is_cleaned() -> None:
+    tree = make_tree(1)
+    for number in range(100):
+        insert(tree, b"", [number], number + 1)
+    chance = random.Random(3)
+    order = list(range(100))
+    for _ in range(5000):
+        order.append(order.pop(chance.randrange(100)))
+        tree.unlock(tree.lock(b"", key([order[-1]]))[0])
+    assert [tree.evict(1) for _ in range(100)] == [[number + 1] for number in order]
+
+
 def test_a_long_edge_is_compared_in_few_steps() -> None:
     tree = make_tree(1)
     tokens = list(range(20_000))
