@@ -29,16 +29,13 @@ class Surplus(NamedTuple):
 
 
 class Eviction(Protocol):
-    """A policy. Whoever gets a node from it evicts the node whole, or adds it again."""
+    """The order. Whoever gets a node from it evicts the node whole, or adds it again."""
 
     def add(self, node: Evictable) -> None:
         """Note that `node` became evictable."""
 
     def pop(self) -> Evictable | None:
         """What to evict when blocks run out, or None when nothing is evictable."""
-
-    def surplus(self, tenant: bytes, tenant_blocks: int, all_blocks: int) -> Surplus | None:
-        """What to evict because `tenant`, or all tenants together, have too much in the cache."""
 
 
 class LRU:
@@ -70,9 +67,6 @@ class LRU:
                 return entry[2]
         return None
 
-    def surplus(self, tenant: bytes, tenant_blocks: int, all_blocks: int) -> Surplus | None:
-        return None
-
     @staticmethod
     def _counts(entry: tuple[int, int, Evictable]) -> bool:
         last_used, _, node = entry
@@ -102,6 +96,7 @@ class TokenLimit:
         return self._order.pop()
 
     def surplus(self, tenant: bytes, tenant_blocks: int, all_blocks: int) -> Surplus | None:
+        """What to evict because `tenant`, or all tenants together, have too much in the cache."""
         over = tenant_blocks - self._tenant_blocks.get(tenant, tenant_blocks)
         if over > 0 and (node := self._tenant_orders[tenant].pop()):
             return Surplus(node, over)

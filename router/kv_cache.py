@@ -107,9 +107,8 @@ class KVCacheManager:
         self.counters = CacheCounters()
         self._pool = BlockPool(num_blocks, settings.allocation)
         self._memory = CacheMemory(block_size * TOKEN_BYTES, capacity=num_blocks)
-        self._tree = RadixTree(
-            block_size, _eviction(settings, num_blocks, block_size), self._memory
-        )
+        self._limit = _limit(settings, num_blocks, block_size)
+        self._tree = RadixTree(block_size, self._limit or LRU(), self._memory)
         self._holdings: dict[str, Holding] = {}
         self._pins: dict[str, Pin] = {}
         self._num_pinnable = max_pinned_blocks
@@ -150,9 +149,9 @@ class KVCacheManager:
     def grow(self, request: Request, num_tokens: int) -> list[int] | None:
         """Hold blocks for `num_tokens` positions: the new ones, or None if there are too few."""
         blocks = self._holdings[request.request_id].blocks
-        needed = self._num_blocks(num_tokens) - len(blocks)
-        if needed <= 0:
+        if num_tokens <= len(blocks) * self.block_size:
             return []
+        needed = self._num_blocks(num_tokens) - len(blocks)
         if needed > self.num_available:
             return None
         new = self._take(needed)
@@ -163,9 +162,10 @@ class KVCacheManager:
         """The KV of the first `num_tokens` positions is computed: share their full blocks."""
         assert num_tokens <= request.num_computed
         holding = self._holdings[request.request_id]
-        start, end = holding.num_published, num_tokens // self.block_size
-        if end <= start or not request.params.cache_write:
+        end = num_tokens // self.block_size
+        if end <= holding.num_published or not request.params.cache_write:
             return
+        start = holding.num_published
         key = request.token_ids[start * self.block_size : end * self.block_size].tobytes()
         holding.node, duplicates = self._tree.extend(holding.node, key, holding.blocks[start:end])
         holding.duplicates += duplicates
@@ -250,16 +250,17 @@ class KVCacheManager:
         return self._pool.allocate(count)
 
     def _trim(self, node: Node) -> None:
-        self._evicted(self._tree.trim(node.tenant))
+        if self._limit is not None:
+            self._evicted(self._tree.trim(self._limit, node.tenant))
 
     def _evicted(self, blocks: list[int]) -> None:
         self.counters.blocks_evicted += len(blocks)
         self._pool.free(blocks)
 
 
-def _eviction(settings: CacheSettings, num_blocks: int, block_size: int) -> LRU | TokenLimit:
+def _limit(settings: CacheSettings, num_blocks: int, block_size: int) -> TokenLimit | None:
     if settings.eviction == "lru":
-        return LRU()
+        return None
     total = settings.token_limit
     tenants = settings.tenant_token_limits.items()
     return TokenLimit(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from mili.router.block_pool import NULL_BLOCK
 from mili.router.cache_memory import CacheMemory
-from mili.router.eviction import Evictable, Eviction
+from mili.router.eviction import Evictable, Eviction, TokenLimit
 
 TOKEN_BYTES = 4
 # A namespace that is not empty begins with so many bytes that name its tenant.
@@ -128,10 +128,10 @@ class RadixTree:
             freed += self._cut(node, count - len(freed))
         return freed
 
-    def trim(self, tenant: bytes) -> list[int]:
-        """Forget what `tenant`, and all together, have beyond the limits of the policy."""
+    def trim(self, limit: TokenLimit, tenant: bytes) -> list[int]:
+        """Forget what `tenant`, and all together, have beyond `limit`, the tree's own policy."""
         freed: list[int] = []
-        while found := self._eviction.surplus(tenant, self.num_blocks_of(tenant), self.num_blocks):
+        while found := limit.surplus(tenant, self.num_blocks_of(tenant), self.num_blocks):
             freed += self._cut(found.node, found.num_blocks)
         return freed
 
@@ -175,8 +175,9 @@ class RadixTree:
 
     def _count(self, tenant: bytes, change: int) -> None:
         self.num_blocks += change
-        self._tenant_blocks[tenant] = self.num_blocks_of(tenant) + change
-        if not self._tenant_blocks[tenant]:
+        if count := self.num_blocks_of(tenant) + change:
+            self._tenant_blocks[tenant] = count
+        else:
             del self._tenant_blocks[tenant]
 
     def _append(self, node: Node, key: bytes, blocks: list[int]) -> Node:

@@ -160,33 +160,36 @@ ANNA, BERT = b"a" * TENANT_BYTES, b"b" * TENANT_BYTES
 
 
 def test_a_tenant_over_its_cap_loses_what_it_used_least_recently() -> None:
-    tree = make_tree(1, TokenLimit(99, {ANNA: 4}))
+    limit = TokenLimit(99, {ANNA: 4})
+    tree = make_tree(1, limit)
     insert(tree, BERT, [1, 2, 3], 10)
     insert(tree, ANNA, [1, 2, 3], 20)
     insert(tree, ANNA + b"salt", [1, 2, 3], 30)
-    assert tree.trim(BERT) == []
-    assert tree.trim(ANNA) == [21, 22]
+    assert tree.trim(limit, BERT) == []
+    assert tree.trim(limit, ANNA) == [21, 22]
     assert (tree.num_blocks_of(ANNA), tree.num_blocks_of(BERT)) == (4, 3)
     tree.check()
 
 
 def test_the_cap_of_all_takes_from_whoever_used_it_least_recently() -> None:
-    tree = make_tree(1, TokenLimit(5, {ANNA: 4}))
+    limit = TokenLimit(5, {ANNA: 4})
+    tree = make_tree(1, limit)
     insert(tree, BERT, [1, 2, 3], 10)
     insert(tree, ANNA, [1, 2, 3, 4, 5, 6], 20)
-    assert tree.trim(ANNA) == [24, 25, 11, 12]
-    assert tree.trim(ANNA) == []
+    assert tree.trim(limit, ANNA) == [24, 25, 11, 12]
+    assert tree.trim(limit, ANNA) == []
     tree.check()
 
 
 def test_what_is_locked_stays_over_any_cap() -> None:
-    tree = make_tree(1, TokenLimit(1, {ANNA: 1}))
+    limit = TokenLimit(1, {ANNA: 1})
+    tree = make_tree(1, limit)
     insert(tree, ANNA, [1, 2, 3], 10)
     node, _ = tree.lock(ANNA, key([1, 2]))
-    assert tree.trim(ANNA) == [12]
-    assert tree.trim(ANNA) == []
+    assert tree.trim(limit, ANNA) == [12]
+    assert tree.trim(limit, ANNA) == []
     tree.unlock(node)
-    assert tree.trim(ANNA) == [11]
+    assert tree.trim(limit, ANNA) == [11]
     tree.check()
 
 
