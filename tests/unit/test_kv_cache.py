@@ -9,6 +9,7 @@ import pytest
 
 from mili.internal.v1.step_pb2 import Sampling
 from mili.router.cache_memory import Miss
+from mili.router.config import RouterConfig
 from mili.router.kv_cache import CacheSettings, KVCacheManager
 from mili.router.limits import Limits
 from mili.router.request import GenerationParams, Request
@@ -193,3 +194,9 @@ def test_flush_says_how_many_blocks_it_freed() -> None:
     assert kv.flush(None) == 4
     assert kv.usage().free == 39
     assert kv.counters.blocks_evicted == 0
+
+
+def test_a_limit_without_its_policy_is_refused() -> None:
+    with pytest.raises(ValueError, match="cache_token_limit is for eviction_policy token-limit"):
+        RouterConfig(model="model", cache_token_limit=1000)
+    assert RouterConfig(model="m", cache_token_limit=1000, eviction_policy="token-limit")
