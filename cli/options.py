@@ -24,7 +24,10 @@ Config = TypeVar("Config", bound=BaseModel)
 WITHOUT_FLAG = frozenset(
     {
         "admin_host",
+        "allocation",
+        "cache_token_limit",
         "drain_timeout",
+        "eviction_policy",
         "health_port",
         "kv_cache_memory_bytes",
         "kv_cache_memory_fraction",

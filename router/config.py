@@ -49,6 +49,19 @@ class RouterConfig(BaseModel):
         gt=0,
         description="Seconds that a request waits at most, if it does not say.",
     )
+    allocation: Literal["first-fit", "best-fit"] = Field(
+        default="first-fit",
+        description="Which free KV blocks come next: best-fit keeps long runs, first-fit is quick.",
+    )
+    eviction_policy: Literal["lru", "token-limit"] = Field(
+        default="lru",
+        description="When cached prefixes go: lru for want of blocks, token-limit over a cap too.",
+    )
+    cache_token_limit: int | None = Field(
+        default=None,
+        ge=0,
+        description="Tokens cached per worker group with token-limit. Default: no cap.",
+    )
     worker_timeout: float = Field(
         default=1.0, ge=0.5, description="Seconds without progress until a worker is lost."
     )
@@ -70,6 +83,15 @@ class RouterConfig(BaseModel):
         if self.port == self.admin_port != 0 and self.host == self.admin_host:
             raise ValueError(
                 f"port and admin_port are both {self.port} on {self.host}: they must differ"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_cache(self) -> Self:
+        if self.cache_token_limit is not None and self.eviction_policy != "token-limit":
+            raise ValueError(
+                "cache_token_limit is for eviction_policy token-limit, "
+                f"and it is {self.eviction_policy}"
             )
         return self
 

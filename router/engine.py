@@ -20,6 +20,7 @@ from mili.router.deadlines import Deadlines, end_if_over, times_of
 from mili.router.errors import Reason, RequestError
 from mili.router.fair_share import FairShare
 from mili.router.introspection import Explanation, Load
+from mili.router.kv_cache import DEFAULT_CACHE, CacheSettings
 from mili.router.ledger import Ledger
 from mili.router.pipeline import Pipeline
 from mili.router.placement import place
@@ -86,6 +87,7 @@ class Engine:
         clock: Clock,
         max_queue_time: float = math.inf,
         wake_at: Callable[[float], None] = lambda due: None,
+        cache: CacheSettings = DEFAULT_CACHE,
     ) -> None:
         self._model_context_limit = model_context_limit
         self._pipeline_depth = pipeline_depth
@@ -99,6 +101,7 @@ class Engine:
         self._homeless = Homeless(recovery_timeout)
         self._ledger = Ledger()
         self._pipelines: dict[str, Pipeline] = {}  # of the groups that serve
+        self._cache = cache
         self._schedulers: dict[str, Scheduler] = {}  # by the same names
 
     @property
@@ -206,7 +209,7 @@ class Engine:
     @_event
     def on_ready(self, group: WorkerGroup) -> None:
         """A worker group serves from now on, with an empty cache."""
-        pipeline = Pipeline(group, self._shares, self._pipeline_depth)
+        pipeline = Pipeline(group, self._shares, self._cache, self._pipeline_depth)
         self._pipelines[group.name] = pipeline
         self._schedulers[group.name] = pipeline.scheduler
         log.info(

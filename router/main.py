@@ -20,6 +20,7 @@ from mili.router.api.admin import WorkerStatus
 from mili.router.api.server import ApiServer
 from mili.router.config import RouterConfig
 from mili.router.engine import Engine
+from mili.router.kv_cache import CacheSettings
 from mili.router.output import DetokenizedOutput
 from mili.router.request import GenerationParams, RequestOutput, TextOutput
 from mili.router.tokenizer import Tokenizer
@@ -72,6 +73,9 @@ class Router:
             clock=time.monotonic,
             max_queue_time=config.max_queue_time,
             wake_at=self._wake_at,
+            cache=CacheSettings(
+                config.allocation, config.eviction_policy, config.cache_token_limit
+            ),
         )
         self._workers = Workers(
             self._engine, interface_sha256=interface, worker_timeout=config.worker_timeout

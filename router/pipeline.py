@@ -9,6 +9,7 @@ from __future__ import annotations
 from mili.internal.v1.step_pb2 import StepResult
 from mili.router.admission import ServiceRate, estimated_wait
 from mili.router.fair_share import FairShare
+from mili.router.kv_cache import CacheSettings
 from mili.router.request import Request
 from mili.router.scheduler import Scheduler
 from mili.router.worker_group import WorkerGroup
@@ -25,9 +26,11 @@ class Pipeline:
     depth: commands in flight; None for what the length of the steps asks for.
     """
 
-    def __init__(self, group: WorkerGroup, shares: FairShare, depth: int | None) -> None:
+    def __init__(
+        self, group: WorkerGroup, shares: FairShare, cache: CacheSettings, depth: int | None
+    ) -> None:
         self.group = group
-        self.scheduler = Scheduler(group.limits, shares)
+        self.scheduler = Scheduler(group.limits, shares, cache)
         self._rate = ServiceRate()
         self._depth = depth
         # More waited than the last step could begin with.

@@ -1,6 +1,6 @@
 """RadixTree: which token prefixes have their KV in which blocks.
 
-Owns the cached spans, their locks and the order of eviction. Does not know about requests or free
+Owns the cached spans, their locks, and what each tenant has. Does not know about requests or free
 blocks. Spans are block-aligned: an edge holds whole blocks, and only whole blocks are shared.
 Token spans travel as bytes, uint32 little-endian: comparing and hashing them costs no Python loop.
 The method is RadixAttention's (Zheng et al., SGLang, 2023), with block-aligned edges.
@@ -8,21 +8,28 @@ The method is RadixAttention's (Zheng et al., SGLang, 2023), with block-aligned 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from typing import NamedTuple
 
-from mili.router.eviction import LRU
+from mili.router.block_pool import NULL_BLOCK
+from mili.router.cache_memory import CacheMemory
+from mili.router.eviction import Evictable, Eviction, TokenLimit
 
 TOKEN_BYTES = 4
+# A namespace that is not empty begins with so many bytes that name its tenant.
+TENANT_BYTES = 16
 
 
 class Node:
     """A span of tokens below its parent's, and the blocks that hold its KV.
 
     locks: how many holders' paths run through this node. A node with locks == 0 may be evicted,
-    leaves first; a lock on a node locks its ancestors too.
+    leaves first; a lock on a node locks its ancestors too. last_used: when it was last unlocked,
+    which for what is not locked is its last use.
     """
 
-    __slots__ = ("blocks", "children", "key", "last_used", "locks", "namespace", "parent")
+    __slots__ = ("blocks", "children", "key", "last_used", "locks", "namespace", "parent", "tenant")
 
     def __init__(
         self, parent: Node | None, key: bytes, blocks: list[int], namespace: bytes
@@ -34,6 +41,7 @@ class Node:
         self.locks = 0
         self.last_used = 0
         self.namespace = namespace
+        self.tenant = namespace[:TENANT_BYTES]
 
     @property
     def is_evictable(self) -> bool:
@@ -48,14 +56,15 @@ class Extension(NamedTuple):
 
 
 class RadixTree:
-    """One tree per namespace (tenant salt, adapter): nothing is shared between two of them."""
+    """One tree per namespace (tenant, salt, adapter): nothing is shared between two of them."""
 
-    def __init__(self, block_size: int) -> None:
+    def __init__(self, block_size: int, eviction: Eviction, memory: CacheMemory) -> None:
         self._stride = block_size * TOKEN_BYTES
         self._roots: dict[bytes, Node] = {}
-        self._eviction = LRU()
+        self._eviction = eviction
+        self._memory = memory
         self._uses = 0
-        self._num_nodes = 0
+        self._tenant_blocks: dict[bytes, int] = {}
         self.num_blocks = 0
         self.num_evictable_blocks = 0
 
@@ -109,48 +118,79 @@ class RadixTree:
                 self.num_evictable_blocks += len(at.blocks)
             at = at.parent
         if node.is_evictable:
-            self._eviction.add(node, self._num_nodes)
+            self._eviction.add(node)
         self._drop_empty_root(node)
 
     def evict(self, count: int) -> list[int]:
         """Forget up to `count` unlocked blocks, the end of the least recently used span first."""
         freed: list[int] = []
         while len(freed) < count and (node := self._eviction.pop()) is not None:
-            assert isinstance(node, Node)
-            keep = max(0, len(node.blocks) - (count - len(freed)))
-            freed += node.blocks[keep:]
-            self._forget(node, keep)
-        self.num_blocks -= len(freed)
-        self.num_evictable_blocks -= len(freed)
+            freed += self._cut(node, count - len(freed))
         return freed
 
-    def _forget(self, node: Node, keep: int) -> None:
+    def trim(self, limit: TokenLimit, tenant: bytes) -> list[int]:
+        """Forget what `tenant`, and all together, have beyond `limit`, the tree's own policy."""
+        freed: list[int] = []
+        while found := limit.surplus(tenant, self.num_blocks_of(tenant), self.num_blocks):
+            freed += self._cut(found.node, found.num_blocks)
+        return freed
+
+    def flush(self, prefix: bytes) -> list[int]:
+        """Forget every unlocked block of the namespaces that begin with `prefix`."""
+        freed: list[int] = []
+        for root in [root for name, root in self._roots.items() if name.startswith(prefix)]:
+            for node in reversed(list(_descendants(root))):  # children before their parents
+                if node.is_evictable:
+                    freed += self._cut(node, len(node.blocks))
+        return freed
+
+    def num_blocks_of(self, tenant: bytes) -> int:
+        """Blocks that are cached for the tenant, locked ones included."""
+        return self._tenant_blocks.get(tenant, 0)
+
+    def _cut(self, node: Evictable, count: int) -> list[int]:
+        """Forget the last `count` blocks of an evictable span, or all that it has."""
+        assert isinstance(node, Node) and node.is_evictable
+        keep = max(0, len(node.blocks) - count)
+        freed = node.blocks[keep:]
+        self._count(node.tenant, -len(freed))
+        self.num_evictable_blocks -= len(freed)
+        self._memory.evict(node.namespace, freed)
         del node.blocks[keep:]
         if keep:
             node.key = node.key[: keep * self._stride]
-            self._eviction.add(node, self._num_nodes)
-            return
+            self._eviction.add(node)
+        else:
+            self._remove(node)
+        return freed
+
+    def _remove(self, node: Node) -> None:
         parent = node.parent
         assert parent is not None
         del parent.children[node.key[: self._stride]]
         node.parent = None
-        self._num_nodes -= 1
         if parent.is_evictable:
-            self._eviction.add(parent, self._num_nodes)
+            self._eviction.add(parent)
         self._drop_empty_root(parent)
+
+    def _count(self, tenant: bytes, change: int) -> None:
+        self.num_blocks += change
+        if count := self.num_blocks_of(tenant) + change:
+            self._tenant_blocks[tenant] = count
+        else:
+            del self._tenant_blocks[tenant]
 
     def _append(self, node: Node, key: bytes, blocks: list[int]) -> Node:
         """Add a new span at the end of the caller's path; the caller's lock covers it."""
-        self.num_blocks += len(blocks)
+        self._count(node.tenant, len(blocks))
+        self._memory.remember(node.blocks[-1] if node.blocks else NULL_BLOCK, key, blocks)
         if node.parent is not None and not node.children and node.locks == 1:
             node.key += key
             node.blocks += blocks
             return node
         child = Node(node, key, list(blocks), node.namespace)
         child.locks = 1
-        child.last_used = self._uses
         node.children[key[: self._stride]] = child
-        self._num_nodes += 1
         return child
 
     def _descend(self, node: Node, key: bytes, at: int) -> Node | None:
@@ -187,18 +227,14 @@ class RadixTree:
         assert parent is not None and 0 < at < len(node.blocks)
         upper = Node(parent, node.key[: at * self._stride], node.blocks[:at], node.namespace)
         upper.locks = node.locks
-        upper.last_used = node.last_used
         node.key = node.key[at * self._stride :]
         node.blocks = node.blocks[at:]
         node.parent = upper
         upper.children[node.key[: self._stride]] = node
         parent.children[upper.key[: self._stride]] = upper
-        self._num_nodes += 1
         return upper
 
     def _enter(self, node: Node) -> None:
-        self._uses += 1
-        node.last_used = self._uses
         if node.locks == 0:
             self.num_evictable_blocks -= len(node.blocks)
         node.locks += 1
@@ -210,22 +246,30 @@ class RadixTree:
     def check(self) -> None:
         """Assert every invariant of the tree; linear in its size, for tests."""
         blocks: list[int] = []
-        evictable = nodes = 0
+        evictable = 0
+        by_tenant: Counter[bytes] = Counter()
         for namespace, root in self._roots.items():
             assert root.children or root.locks, "an empty namespace was kept"
-            stack = [root]
-            while stack:
-                node = stack.pop()
-                nodes += node.parent is not None
+            for node in _descendants(root):
                 blocks += node.blocks
+                by_tenant[node.tenant] += len(node.blocks)
                 evictable += len(node.blocks) if node.locks == 0 else 0
-                assert node.namespace == namespace
+                assert node.namespace == namespace and namespace.startswith(node.tenant)
                 assert len(node.key) == len(node.blocks) * self._stride
-                assert node.parent is None or node.blocks
+                assert node.blocks or node is root
                 for first, child in node.children.items():
                     assert child.parent is node and child.key[: self._stride] == first
                     assert child.locks <= node.locks
-                    stack.append(child)
         assert len(set(blocks)) == len(blocks), "a block stands in the tree twice"
-        assert nodes == self._num_nodes
         assert len(blocks) == self.num_blocks and evictable == self.num_evictable_blocks
+        assert +by_tenant == self._tenant_blocks
+        self._memory.check(blocks)
+
+
+def _descendants(root: Node) -> Iterator[Node]:
+    """The node and all below it, parents before their children."""
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        yield node
+        stack += node.children.values()

@@ -14,6 +14,7 @@ from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 from mili.internal.v1.step_pb2 import Sampling
+from mili.router.cache_memory import Miss
 from mili.router.errors import Reason, RequestError
 from mili.router.fair_share import OUTPUT_TOKEN_COST, Account
 
@@ -157,6 +158,7 @@ class Request:
         "admission",
         "admitted_at",
         "arrival",
+        "cache_miss",
         "deaths",
         "expected_cost",
         "finish",
@@ -218,6 +220,8 @@ class Request:
         self.peak_computed = 0
         self.num_recomputed = 0
         self.num_cached_prompt_tokens = 0
+        # Why not more of the prompt came from the cache; None until it is first admitted.
+        self.cache_miss: Miss | None = None
         # Row and admission number while running; 0 while waiting.
         self.row = 0
         self.admission = 0

@@ -26,7 +26,7 @@ from collections import deque
 from mili.internal.v1.step_pb2 import TASK_GENERATE, Admission, StepCommand, StepResult
 from mili.router.errors import Reason
 from mili.router.fair_share import FairShare
-from mili.router.kv_cache import KVCacheManager
+from mili.router.kv_cache import DEFAULT_CACHE, CacheSettings, KVCacheManager
 from mili.router.limits import Limits
 from mili.router.queue import Key, Line, WaitingQueue
 from mili.router.request import Request
@@ -40,10 +40,21 @@ MAX_ADMITTED_TOKENS = 1 << 20
 class Scheduler:
     """Continuous batching over one worker group's rows and blocks."""
 
-    def __init__(self, limits: Limits, shares: FairShare | None = None) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        shares: FairShare | None = None,
+        cache: CacheSettings = DEFAULT_CACHE,
+    ) -> None:
         """shares: what each tenant has had, of all worker groups together."""
         self._shares = shares if shares is not None else FairShare()
-        self.kv = KVCacheManager(limits.num_blocks, limits.block_size)
+        longest = -(-limits.context_limit // limits.block_size)  # blocks; pins leave that many
+        self.kv = KVCacheManager(
+            limits.num_blocks,
+            limits.block_size,
+            cache,
+            max_pinned_blocks=limits.num_blocks - 1 - longest,
+        )
         self.context_limit = limits.context_limit
         self.max_step_tokens = limits.max_step_tokens
         # One token a row must always fit the budget: nobody who runs ever starves.

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 from mili.internal.v1.step_pb2 import Sampling, StepResult
 from mili.router.errors import Reason
+from mili.router.kv_cache import CacheSettings
 from mili.router.request import FinishReason, GenerationParams, Scheduling
 from tests.fake_worker import EOS, FakeModel, FakeWorker, seed_of
 
@@ -90,7 +91,12 @@ class Simulation:
         self._new_worker()
 
     def _new_worker(self) -> None:
-        self.scheduler = self.core.Scheduler(self.limits)
+        cache = CacheSettings(
+            self.random.choice(("first-fit", "best-fit")),
+            self.random.choice(("lru", "token-limit")),
+            self.random.randrange(60),
+        )
+        self.scheduler = self.core.Scheduler(self.limits, cache=cache)
         self.worker = FakeWorker(self.num_blocks, self.block_size, self.model)
         self.results: deque[StepResult] = deque()
 
@@ -136,6 +142,8 @@ class Simulation:
             scheduling=Scheduling(
                 tenant=self.random.choice("abc"), priority=self.random.choice((0, 0, 1))
             ),
+            cache_read=self.random.random() < 0.95,
+            cache_write=self.random.random() < 0.95,
         )
         text = FakeText(params.stop_sequences)
         request = self.core.Request(

@@ -20,6 +20,7 @@ CORE = (
     "limits",
     "block_pool",
     "eviction",
+    "cache_memory",
     "radix_tree",
     "fair_share",
     "request",
