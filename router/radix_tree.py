@@ -13,6 +13,8 @@ from typing import NamedTuple
 from mili.router.eviction import LRU
 
 TOKEN_BYTES = 4
+# What a namespace that is not empty begins with: a hash of the tenant's name.
+TENANT_BYTES = 16
 
 
 class Node:
