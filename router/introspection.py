@@ -1,6 +1,6 @@
-"""What the engine tells of itself: its load, a request's story, a pinned prefix.
+"""What the engine tells of itself when it is asked: load, and the story of one request.
 
-Owns the values only. Does not know who counts them or who asks.
+Owns the shape of the answers. Does not know how they come to be.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from mili.router.request import Timing, Usage
 
 
 class Load(NamedTuple):
-    """All worker groups together, now.
+    """Of all worker groups together. Times are in seconds.
 
-    kv_utilization: held blocks of all, 0 to 1. prefix_hit_ratio: prompt tokens that came from the
-    cache, 0 to 1. estimated_queue_time: seconds that a request arriving now would wait.
+    kv_utilization: the part of all KV blocks that running requests hold. prefix_hit_ratio: the part
+    of prompt tokens that came from the cache, of the last seconds. estimated_queue_time: what a
+    request of the usual size would wait that came now.
     """
 
     queued_requests: int
@@ -40,7 +41,7 @@ class RequestState(IntEnum):
 
 
 class RequestEvent(NamedTuple):
-    """One thing that happened to a request. at: seconds of the engine's clock."""
+    """at: seconds of the engine's clock. kind: queued, placed, started, preempted, ..."""
 
     at: float
     kind: str
@@ -48,7 +49,7 @@ class RequestEvent(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """A request's story so far. queue_position: from 1; 0 when it does not wait."""
+    """queue_position: how many go before it; 0 for a request that does not wait."""
 
     state: RequestState
     queue_position: int

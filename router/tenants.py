@@ -162,7 +162,7 @@ def _tenant(name: str, table: Any) -> Tenant:  # noqa: ANN401 (TOML can hold any
 
 def _complaints(name: str, error: ValidationError) -> list[str]:
     """One for each bad key, without its value: a token may stand where its hash should."""
-    problems = error.errors(include_url=False, include_input=False)
+    problems = error.errors(include_url=False)
     return [
         f"tenant {name}: {problem['loc'][0]}: {_words(problem['type'], problem['msg'])}"
         for problem in problems

@@ -91,7 +91,7 @@ async def refused(call: Any) -> tuple[str, str, dict[str, Any]]:  # noqa: ANN401
         (("authorization", "Bearer nobody"),),
         (("authorization", "search"),),
         (("authorization", "Basic search"),),
-        (("authorization", "Bearer nobody"), ("authorization", "Bearer search")),
+        (("authorization", "Bearer search"), ("authorization", "Bearer nobody")),
         (("authorization", f"Bearer {sha256(b'search').hexdigest()}"),),
     ],
 )

@@ -123,19 +123,28 @@ def test_a_tenant_without_quota_is_refused_at_once(clock: Clock) -> None:
 @pytest.mark.parametrize(("period", "seconds"), [("hour", 3600), ("day", 86400), ("week", 604800)])
 def test_a_quota_begins_anew(clock: Clock, period: str, seconds: int) -> None:
     account = Account(tenant(token_quota=10, quota_period=period), clock)
-    clock.now += seconds / 2
+    start = clock.now
     account.charge(10)
-    clock.now += seconds / 2 - 1
+    clock.now = start + seconds - 1
     error = refusal(account)
     assert error is not None
-    assert f"a {period}" in error.message
-    clock.now += 1
+    assert f"of the tenant's 10 tokens, a {period}, 0 are left" in error.message
+    clock.now = start + seconds + 100
     assert refusal(account, 10) is None
     account.charge(10)
-    clock.now += seconds - 1
-    assert refusal(account) is not None, "periods begin when the first one would have ended"
-    clock.now += 3 * seconds
-    assert refusal(account, 10) is None
+    clock.now = start + 2 * seconds - 1
+    assert refusal(account) is not None
+    clock.now = start + 2 * seconds
+    assert refusal(account, 10) is None, "periods follow each other from the first one's start"
+
+
+def test_an_output_is_charged_to_the_period_in_which_it_ends(clock: Clock) -> None:
+    account = Account(tenant(token_quota=10, quota_period="hour"), clock)
+    account.charge(10)
+    clock.now += 3600
+    account.charge(4)
+    assert refusal(account, 6) is None
+    assert refusal(account, 7) is not None
 
 
 def test_what_is_refused_costs_nothing(clock: Clock) -> None:

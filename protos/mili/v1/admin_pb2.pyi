@@ -475,7 +475,7 @@ class ExplainRequestResponse(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     state: Global___RequestState.ValueType
     queue_position: _builtins.int
-    """From 1; 0 when it does not wait."""
+    """About how many go before it; 0 also when it does not wait."""
     @_builtins.property
     def timing(self) -> _inference_pb2.Timing: ...
     @_builtins.property
