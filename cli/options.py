@@ -28,6 +28,7 @@ WITHOUT_FLAG = frozenset(
         "health_port",
         "kv_cache_memory_bytes",
         "kv_cache_memory_fraction",
+        "log_format",
         "max_queued_requests",
         "name",
         "num_threads",
