@@ -551,8 +551,9 @@ class PinPrefixResponse(_message.Message):
     PIN_ID_FIELD_NUMBER: _builtins.int
     PINNED_TOKENS_FIELD_NUMBER: _builtins.int
     pin_id: _builtins.str
+    """Empty where nothing could be pinned."""
     pinned_tokens: _builtins.int
-    """Whole blocks of the prefix; its last tokens may be in none."""
+    """Whole blocks of the prefix; its last tokens may be in none, and pins have a bound together."""
     def __init__(
         self,
         *,
