@@ -43,7 +43,10 @@ def chat(
     seed: Seed = None,
     timeout: Timeout = 5.0,
 ) -> None:
-    """Talk with a model. Ctrl-C stops an answer; /exit or Ctrl-D ends."""
+    """Talk with a model. Ctrl-C stops an answer; /exit or Ctrl-D ends.
+
+    A bearer token is read from MILI_TOKEN.
+    """
     options: Options = {
         "model": model,
         "max_tokens": max_tokens,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from mili.v1.inference_pb2 import StreamEvent
 
 Address = Annotated[str, typer.Option(envvar="MILI_ADDRESS", help="The router's host:port.")]
+# No flag: other users of the machine can read a command line.
+TOKEN_VARIABLE = "MILI_TOKEN"
 Model = Annotated[str, typer.Option(help="Name of the model. Default: the only one served.")]
 System = Annotated[str | None, typer.Option(help="System message of the chat.")]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
@@ -57,7 +60,8 @@ def generate(
 ) -> None:
     """Ask a running router, and print the answer as it comes.
 
-    PROMPT is one user message of a chat, unless --raw is given.
+    PROMPT is one user message of a chat, unless --raw is given. A bearer token is read from
+    MILI_TOKEN.
     """
     if raw and system is not None:
         raise CommandError("--system is a part of the chat that --raw turns off: give one of them")
@@ -103,24 +107,34 @@ def opening(system: str | None) -> list[Message]:
 
 @contextlib.contextmanager
 def connected(address: str, timeout: float) -> Iterator[Client]:
-    """Yield a client whose server has answered within `timeout` seconds."""
-    from mili.client import Client, DeadlineExceeded, MiliError, Unavailable
+    """Yield a client whose server has answered within `timeout` seconds.
+
+    Its bearer token comes from the environment.
+    """
+    from mili.client import Client, DeadlineExceeded, MiliError, NotAllowed, Unavailable
 
     if not address:
         raise CommandError("the address is empty: give --address HOST:PORT")
-    with Client(address, timeout=timeout) as probe:
+    token = os.environ.get(TOKEN_VARIABLE) or None
+    with Client(address, timeout=timeout, token=token) as probe:
         try:
             probe.models()
         except (Unavailable, DeadlineExceeded):
             raise CommandError(
                 f"no router answers at {address}: is `mili serve` running there?", ExitCode.CRASH
             ) from None
+        except NotAllowed as error:
+            raise CommandError(
+                f"the router at {address} lets nobody in without a tenant's token: {error.message};"
+                f" set {TOKEN_VARIABLE}",
+                ExitCode.CRASH,
+            ) from None
         except MiliError as error:
             raise CommandError(
                 f"what answers at {address} is no router's public port: {error.message}",
                 ExitCode.CRASH,
             ) from None
-    with told_os_errors(), Client(address) as client:
+    with told_os_errors(), Client(address, token=token) as client:
         yield client
 
 

@@ -136,6 +136,14 @@ def keygen(
     print(*paths, sep="\n")
 
 
+def token() -> None:
+    """Make a bearer token and the hash of it that the tenants file holds."""
+    from mili.cli.tokens import make_token
+
+    secret, digest = make_token()
+    print(f"token   {secret}\nsha256  {digest}")
+
+
 _ALL = ServeConfig.model_fields.keys()
 add_command(
     app,
@@ -148,7 +156,7 @@ add_command(
 )
 add_command(app, RouterConfig, _run_router, name="router", help="Run a router.", shared=_ALL)
 add_command(app, WorkerConfig, _run_worker, name="worker", help="Run a worker.", shared=_ALL)
-for _command in (pull, generate, chat, keygen):
+for _command in (pull, generate, chat, keygen, token):
     app.command()(_command)
 
 

@@ -32,6 +32,7 @@ WITHOUT_FLAG = frozenset(
         "kv_cache_memory_bytes",
         "kv_cache_memory_fraction",
         "max_queue_time",
+        "log_format",
         "max_queued_requests",
         "name",
         "num_threads",

@@ -25,10 +25,11 @@ from mili.cli.errors import CommandError
 from mili.cli.serve_config import ServeConfig
 from mili.cli.settings import to_environment, without_settings
 from mili.cli.supervisor import Child, Patience, Supervisor
-from mili.hub.folder import ModelFolderError, read_model_folder
+from mili.hub.folder import read_model_folder
 from mili.router.config import RouterConfig
-from mili.v1.model_pb2 import ListModelsRequest
-from mili.v1.model_pb2_grpc import ModelServiceStub
+from mili.router.tenants import Tenants
+from mili.v1.admin_pb2 import ListWorkersRequest
+from mili.v1.admin_pb2_grpc import AdminServiceStub
 from mili.worker.config import WorkerConfig
 
 # An ipc address is the path of a socket, and the kernel takes no longer one.
@@ -46,7 +47,9 @@ def serve(config: ServeConfig) -> int:
     """
     try:
         read_model_folder(Path(config.model), weights=config.load_format != "random")
-    except ModelFolderError as error:
+        if config.tenants:
+            Tenants.read(config.tenants)
+    except ValueError as error:
         raise CommandError(str(error)) from None
     with tempfile.TemporaryDirectory(prefix="mili-") as folder:
         link = Path(folder) / "workers"
@@ -170,15 +173,21 @@ async def _announce(router: RouterConfig, workers: int, alive: Callable[[], bool
     alive: whether our router runs, for without it somebody else answers.
     """
     options = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 500))
-    async with grpc.aio.insecure_channel(_reachable(router), options) as channel:
+    public = _reachable(router.host, router.port)
+    admin = _reachable(router.admin_host, router.admin_port)
+    async with (
+        grpc.aio.insecure_channel(public, options) as channel,
+        # Asked for the name, since the public port may want a token.
+        grpc.aio.insecure_channel(admin, options) as operators,
+    ):
         while True:
             with contextlib.suppress(grpc.aio.AioRpcError):
                 await _serving(channel)
-                models = await ModelServiceStub(channel).ListModels(ListModelsRequest())
-                if alive():
+                answer = await AdminServiceStub(operators).ListWorkers(ListWorkersRequest())
+                if answer.workers and alive():
                     break
             await asyncio.sleep(0.2)
-    name = models.models[0].name
+    name = answer.workers[0].model
     plural = "worker" if workers == 1 else "workers"
     where = f"{_bracketed(router.host)}:{router.port}"
     print(f"ready: grpc on {where}, model {name}, {workers} {plural}", flush=True)
@@ -192,10 +201,10 @@ async def _serving(channel: grpc.aio.Channel) -> None:
             return
 
 
-def _reachable(router: RouterConfig) -> str:
-    """Where this machine reaches the API: a wildcard address is none to connect to."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(router.host, router.host)
-    return f"{_bracketed(host)}:{router.port}"
+def _reachable(host: str, port: int) -> str:
+    """Where this machine reaches a listener: a wildcard address is none to connect to."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"{_bracketed(host)}:{port}"
 
 
 def _bracketed(host: str) -> str:

@@ -12,7 +12,7 @@ from typing import Self, TypeVar, Unpack
 
 import grpc
 
-from mili.client.channel import OPTIONS
+from mili.client.channel import OPTIONS, authorization
 from mili.client.errors import Cancelled, translated_errors
 from mili.client.requests import Message, Options, Prompt, build_chat, build_generation
 from mili.client.results import Generation, PartialGeneration, RenderedChat, from_response
@@ -76,7 +76,8 @@ class AsyncClient:
     """A connection to one MILI server, made inside a running event loop.
 
     address: "host:port". timeout: seconds that a call may take, unless the call says otherwise;
-    None for no limit. credentials: for TLS, as from grpc.ssl_channel_credentials().
+    None for no limit. token: a tenant's bearer token, where the server wants one.
+    credentials: for TLS, as from grpc.ssl_channel_credentials().
     Every call raises MiliError.
     """
 
@@ -85,9 +86,11 @@ class AsyncClient:
         address: str = "localhost:50051",
         *,
         timeout: float | None = None,
+        token: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self._timeout = timeout
+        self._metadata = authorization(token)
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(address, OPTIONS)
         else:
@@ -133,7 +136,9 @@ class AsyncClient:
             request_id=request_id, generation=build_generation(prompt, options)
         )
         return AsyncTextStream(
-            self._inference.GenerateStream(request, timeout=self._deadline(timeout))
+            self._inference.GenerateStream(
+                request, timeout=self._deadline(timeout), metadata=self._metadata
+            )
         )
 
     async def cancel(self, request_id: str) -> bool:
@@ -170,7 +175,7 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> _Response:
         with translated_errors():
-            return await method(request, timeout=self._deadline(timeout))
+            return await method(request, timeout=self._deadline(timeout), metadata=self._metadata)
 
     def _deadline(self, timeout: float | None) -> float | None:
         return self._timeout if timeout is None else timeout

@@ -1,4 +1,4 @@
-"""How a channel to MILI behaves: message sizes, keepalive, retries.
+"""How a channel to MILI behaves: message sizes, keepalive, retries, who calls.
 
 Knows nothing of what is sent over it.
 """
@@ -39,3 +39,14 @@ OPTIONS: tuple[tuple[str, str | int], ...] = (
     # What does not fit here is never retried; the default is 256 KiB.
     ("grpc.per_rpc_retry_buffer_size", 2 * MAX_MESSAGE_BYTES),
 )
+
+Metadata = tuple[tuple[str, str], ...]
+
+
+def authorization(token: str | None) -> Metadata:
+    """Return the headers that tell the server who calls; raise ValueError for no header's text."""
+    if token is None:
+        return ()
+    if not token.isascii() or not token.isprintable() or " " in token or not token:
+        raise ValueError("token has other characters than printable ASCII, or none")
+    return (("authorization", f"Bearer {token}"),)

@@ -45,12 +45,17 @@ class InvalidRequest(MiliError):
     """The request itself is wrong: the same one will fail again."""
 
 
+class NotAllowed(MiliError):
+    """The token is missing or no tenant's, or its tenant may not ask for this."""
+
+
 class NotFound(MiliError):
     """No such model, or no such request."""
 
 
 class Overloaded(MiliError):
-    """The server has no room at present: try again after `retry_after`."""
+    """The server has no room at present, or the tenant has had its share: try again after
+    `retry_after`. Without one, as when a quota is spent, there is no point in it soon."""
 
 
 class Unavailable(MiliError):
@@ -73,6 +78,8 @@ _TYPES: dict[grpc.StatusCode, type[MiliError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.ALREADY_EXISTS: InvalidRequest,
     grpc.StatusCode.UNIMPLEMENTED: InvalidRequest,
+    grpc.StatusCode.UNAUTHENTICATED: NotAllowed,
+    grpc.StatusCode.PERMISSION_DENIED: NotAllowed,
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.UNAVAILABLE: Unavailable,

@@ -9,6 +9,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import NotRequired, TypedDict
 
+from google.protobuf.duration_pb2 import Duration
+
 from mili.v1 import inference_pb2 as pb
 
 
@@ -28,7 +30,11 @@ class Options(TypedDict, total=False):
 
     messages: a chat, in place of a prompt. template_variables: for the model's chat template, as
     {"enable_thinking": False}. model: empty means the only one served. stop: a string or several
-    that end the text. seed: the same seed gives the same text.
+    that end the text. seed: the same seed gives the same text. time_limit: seconds until the text
+    ends as far as it is. priority: larger runs first. max_queue_time: seconds to wait for a turn
+    at most. session_id: requests of one conversation, which find its cache. cache_salt: prompts
+    are shared in the cache only with this salt's; bypass_cache_read and bypass_cache_write leave
+    the cache alone.
     """
 
     messages: Sequence[Message] | None
@@ -49,17 +55,29 @@ class Options(TypedDict, total=False):
     skip_special_tokens: bool | None
     add_special_tokens: bool | None
     truncate_prompt_tokens: int | None
+    time_limit: float | None
+    priority: int
+    max_queue_time: float | None
+    session_id: str
+    cache_salt: str
+    bypass_cache_read: bool
+    bypass_cache_write: bool
 
 
 Prompt = str | Sequence[int]
 
-# Integer options, and how many bits their fields have.
-_UNSIGNED = {
-    "top_k": 32,
-    "seed": 64,
-    "max_tokens": 32,
-    "min_tokens": 32,
-    "truncate_prompt_tokens": 32,
+# What a Duration holds.
+_MAX_SECONDS = 315_576_000_000
+
+_UINT32 = (0, 2**32 - 1)
+# Integer options, and the least and the greatest value that their fields hold.
+_INTEGERS = {
+    "top_k": _UINT32,
+    "seed": (0, 2**64 - 1),
+    "max_tokens": _UINT32,
+    "min_tokens": _UINT32,
+    "truncate_prompt_tokens": _UINT32,
+    "priority": (-(2**31), 2**31 - 1),
 }
 
 
@@ -77,6 +95,8 @@ def build_generation(prompt: Prompt | None, options: Options) -> pb.Generation:
         output=pb.OutputOptions(
             token_ids=True, timing=True, skip_special_tokens=options.get("skip_special_tokens")
         ),
+        scheduling=_scheduling(options),
+        cache=_cache(options),
         add_special_tokens=options.get("add_special_tokens"),
         truncate_prompt_tokens=options.get("truncate_prompt_tokens"),
     )
@@ -94,10 +114,10 @@ def build_generation(prompt: Prompt | None, options: Options) -> pb.Generation:
 
 def _check_integers(options: Options) -> None:
     """Protobuf's own error does not say which field it is about."""
-    for name, bits in _UNSIGNED.items():
+    for name, (least, greatest) in _INTEGERS.items():
         value = options.get(name)
-        if isinstance(value, int) and not 0 <= value < 1 << bits:
-            raise ValueError(f"{name} must be from 0 to {(1 << bits) - 1}, not {value}")
+        if isinstance(value, int) and not least <= value <= greatest:
+            raise ValueError(f"{name} must be from {least} to {greatest}, not {value}")
 
 
 def build_chat(
@@ -129,4 +149,33 @@ def _stopping(options: Options) -> pb.StopConditions:
         stop_token_ids=options.get("stop_token_ids", ()),
         include_stop_text=options.get("include_stop_text", False),
         ignore_eos=options.get("ignore_eos", False),
+        time_limit=_duration("time_limit", options.get("time_limit")),
     )
+
+
+def _scheduling(options: Options) -> pb.SchedulingHints | None:
+    hints = pb.SchedulingHints(
+        priority=options.get("priority", 0),
+        max_queue_time=_duration("max_queue_time", options.get("max_queue_time")),
+        session_id=options.get("session_id", ""),
+    )
+    return hints if hints.ListFields() else None
+
+
+def _cache(options: Options) -> pb.CacheOptions | None:
+    cache = pb.CacheOptions(
+        bypass_read=options.get("bypass_cache_read", False),
+        bypass_write=options.get("bypass_cache_write", False),
+        salt=options.get("cache_salt", ""),
+    )
+    return cache if cache.ListFields() else None
+
+
+def _duration(name: str, seconds: float | None) -> Duration | None:
+    if seconds is None:
+        return None
+    if not 0 < seconds < _MAX_SECONDS:
+        raise ValueError(f"{name} must be above 0 seconds and below {_MAX_SECONDS}, not {seconds}")
+    duration = Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration

@@ -39,9 +39,9 @@ class Timing(NamedTuple):
 class Generation(NamedTuple):
     """A finished generation.
 
-    finish_reason: "eos", "stop_sequence", "stop_token", "max_tokens", "context_length" or
-    "cancelled". matched: the stop sequence or stop token id that ended it, if one did. token_ids
-    holds every generated token, also one that ended the text and is not part of it.
+    finish_reason: "eos", "stop_sequence", "stop_token", "max_tokens", "context_length",
+    "time_limit" or "cancelled". matched: the stop sequence or stop token id that ended it, if one
+    did. token_ids holds every generated token, also one that ended the text and is not part of it.
     """
 
     text: str

@@ -10,7 +10,7 @@ from typing import Self, TypeVar, Unpack
 
 import grpc
 
-from mili.client.channel import OPTIONS
+from mili.client.channel import OPTIONS, authorization
 from mili.client.errors import translated_errors
 from mili.client.requests import Message, Options, Prompt, build_chat, build_generation
 from mili.client.results import Generation, PartialGeneration, RenderedChat, from_response
@@ -63,7 +63,8 @@ class Client:
     """A connection to one MILI server. Threads may share it.
 
     address: "host:port". timeout: seconds that a call may take, unless the call says otherwise;
-    None for no limit. credentials: for TLS, as from grpc.ssl_channel_credentials().
+    None for no limit. token: a tenant's bearer token, where the server wants one.
+    credentials: for TLS, as from grpc.ssl_channel_credentials().
     Every call raises MiliError.
     """
 
@@ -72,9 +73,11 @@ class Client:
         address: str = "localhost:50051",
         *,
         timeout: float | None = None,
+        token: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         self._timeout = timeout
+        self._metadata = authorization(token)
         if credentials is None:
             self._channel = grpc.insecure_channel(address, OPTIONS)
         else:
@@ -119,7 +122,11 @@ class Client:
         request = inference_pb2.GenerateStreamRequest(
             request_id=request_id, generation=build_generation(prompt, options)
         )
-        return TextStream(self._inference.GenerateStream(request, timeout=self._deadline(timeout)))
+        return TextStream(
+            self._inference.GenerateStream(
+                request, timeout=self._deadline(timeout), metadata=self._metadata
+            )
+        )
 
     def cancel(self, request_id: str) -> bool:
         """End another call's generation; False if it had already ended."""
@@ -155,7 +162,7 @@ class Client:
         timeout: float | None = None,
     ) -> _Response:
         with translated_errors():
-            return method(request, timeout=self._deadline(timeout))
+            return method(request, timeout=self._deadline(timeout), metadata=self._metadata)
 
     def _deadline(self, timeout: float | None) -> float | None:
         return self._timeout if timeout is None else timeout

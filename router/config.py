@@ -41,6 +41,9 @@ class RouterConfig(BaseModel):
         le=8,
         description="Step commands in flight per worker group. Default: 2; 3 for short steps.",
     )
+    tenants: Path | None = Field(
+        default=None, description="TOML file of tenants and their limits. Default: all may call."
+    )
     max_queued_requests: int = Field(
         default=1024, ge=1, description="Requests that may wait; more are refused."
     )

@@ -15,7 +15,7 @@ from mili.router.request import Timing, Usage
 class Load(NamedTuple):
     """Of all worker groups together. Times are in seconds.
 
-    kv_utilization: the part of all KV blocks that running requests use. prefix_hit_ratio: the part
+    kv_utilization: the part of all KV blocks that running requests hold. prefix_hit_ratio: the part
     of prompt tokens that came from the cache, of the last seconds. estimated_queue_time: what a
     request of the usual size would wait that came now.
     """
@@ -56,3 +56,10 @@ class Explanation(NamedTuple):
     usage: Usage
     timing: Timing
     events: Sequence[RequestEvent]
+
+
+class Pinned(NamedTuple):
+    """A prefix that is not evicted: what releases it early, and how many tokens it has."""
+
+    pin_id: str
+    num_tokens: int

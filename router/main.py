@@ -23,6 +23,7 @@ from mili.router.engine import Engine
 from mili.router.kv_cache import CacheSettings
 from mili.router.output import DetokenizedOutput
 from mili.router.request import GenerationParams, RequestOutput, TextOutput
+from mili.router.tenants import Tenants
 from mili.router.tokenizer import Tokenizer
 from mili.router.worker_link import WorkerLink
 from mili.router.workers import Workers
@@ -54,9 +55,10 @@ class Router:
     """One router process. Make it on the asyncio thread."""
 
     def __init__(self, config: RouterConfig) -> None:
-        """Raises ValueError for a bad model folder or setting."""
+        """Raises ValueError for a bad model folder, tenants file or setting."""
         self._config = config
         phases: list[tuple[str, float]] = []
+        tenants = Tenants.read(config.tenants) if config.tenants else Tenants()
         with _phase("read model", phases):
             self._folder = read_model_folder(Path(config.model), weights=False)
             interface = interface_sha256(self._folder)
@@ -87,6 +89,8 @@ class Router:
                 self._folder,
                 self._tokenizer,
                 config,
+                tenants=tenants,
+                clock=time.monotonic,
                 list_workers=self._list_workers,
                 startup_phases=phases,
             )

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from mili.router.api.admin import WorkerStatus
 from mili.router.api.server import ApiServer
 from mili.router.config import RouterConfig
 from mili.router.errors import Reason, RequestError
+from mili.router.introspection import Explanation, Load, Pinned
 from mili.router.request import (
     Finish,
     Finished,
@@ -30,6 +32,7 @@ from mili.router.request import (
     Timing,
     Usage,
 )
+from mili.router.tenants import Tenants
 from mili.router.tokenizer import Tokenizer
 
 VOCAB_SIZE = 320
@@ -57,6 +60,11 @@ class FakeEngine:
         self.refusal: Exception | None = None
         self.refused = asyncio.Event()
         self.known_workers: list[WorkerStatus] = []
+        self.current_load = Load(0, 0, 0, 0.0, 0.0, 0.0, 0.0)
+        self.explanations: dict[str, Explanation] = {}
+        self.draining: dict[str, float | None] = {}
+        self.pins: dict[str, tuple[bytes, list[int], float]] = {}
+        self.flushed: list[bytes | None] = []
 
     def submit(self, request_id: str, params: GenerationParams) -> None:
         if self.refusal is not None:
@@ -73,6 +81,31 @@ class FakeEngine:
         self.cancelled.put_nowait(request_id)
         self.finish(request_id, Finish(FinishReason.CANCELLED))
         return True
+
+    def load(self) -> Load:
+        return self.current_load
+
+    def explain(self, request_id: str) -> Explanation | None:
+        return self.explanations.get(request_id)
+
+    def drain(self, group: str, migrate_after: float | None) -> int:
+        self.draining[group] = migrate_after
+        return 7
+
+    def undrain(self, group: str) -> None:
+        del self.draining[group]
+
+    def pin(self, namespace: bytes, token_ids: Sequence[int], seconds: float) -> Pinned:
+        self.pins["pin"] = (namespace, list(token_ids), seconds)
+        return Pinned("pin", len(token_ids) // self.block_size * self.block_size)
+
+    def unpin(self, pin_id: str) -> None:
+        if self.pins.pop(pin_id, None) is None:
+            raise refuse_with(Reason.PIN_NOT_FOUND)
+
+    def flush(self, tenant_prefix: bytes | None) -> int:
+        self.flushed.append(tenant_prefix)
+        return 5
 
     def start(self, request_id: str) -> None:
         """Admit a request, without a token."""
@@ -155,6 +188,7 @@ def make_folder(path: Path, *, template: bool = True, **generation: Any) -> Mode
 @asynccontextmanager
 async def running_api(
     folder: ModelFolder,
+    tenants: Tenants | None = None,
     **settings: Any,  # noqa: ANN401
 ) -> AsyncIterator[tuple[ApiServer, FakeEngine]]:
     """Serve a fake engine on two free ports; nothing may be live at the end."""
@@ -165,6 +199,8 @@ async def running_api(
         folder,
         Tokenizer(folder),
         config,
+        tenants=tenants or Tenants(),
+        clock=time.monotonic,
         list_workers=lambda: engine.known_workers,
         startup_phases=[("read model", 0.25)],
     )

@@ -5,8 +5,10 @@ Owns the shape of the boundary. Does not know how the engine keeps it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
+from mili.router.introspection import Explanation, Load, Pinned
 from mili.router.request import GenerationParams
 
 
@@ -34,3 +36,28 @@ class Engine(Protocol):
 
     def cancel(self, request_id: str) -> bool:
         """End a request; return False when it is unknown or already ended."""
+
+    def load(self) -> Load:
+        """Say how busy all worker groups are."""
+
+    def explain(self, request_id: str) -> Explanation | None:
+        """Tell a request's story; None for an id that is unknown or forgotten."""
+
+    def drain(self, group: str, migrate_after: float | None) -> int:
+        """Place nothing more on a group, and return how many sequences run there.
+
+        They finish there, or move elsewhere after `migrate_after` seconds. RequestError
+        (WORKER_NOT_FOUND) for a group that does not serve.
+        """
+
+    def undrain(self, group: str) -> None:
+        """Place requests on a drained group again; RequestError (WORKER_NOT_FOUND)."""
+
+    def pin(self, namespace: bytes, token_ids: Sequence[int], seconds: float) -> Pinned:
+        """Keep what is cached of a prefix, where most of it is, from being evicted for a time."""
+
+    def unpin(self, pin_id: str) -> None:
+        """Release a pinned prefix; RequestError (PIN_NOT_FOUND)."""
+
+    def flush(self, tenant_prefix: bytes | None) -> int:
+        """Free what nobody holds of a tenant's cache, of everyone's for None; return the blocks."""

@@ -49,9 +49,9 @@ def stream_events(
         response.event.sequence = sequence
         finished = response.event.finished
         _fill_finish(finished, finish)
-        finished.usage.CopyFrom(_usage(gathered.finished.usage))
+        finished.usage.CopyFrom(to_usage(gathered.finished.usage))
         if answering.options.timing:
-            finished.timing.CopyFrom(_timing(gathered.finished.timing))
+            finished.timing.CopyFrom(to_timing(gathered.finished.timing))
         yield response
 
 
@@ -68,8 +68,8 @@ def whole_response(answering: Answering, gathered: Gathered) -> pb.GenerateRespo
         model=answering.model,
         model_revision=answering.model_revision,
         sequences=[sequence],
-        usage=_usage(gathered.finished.usage),
-        timing=_timing(gathered.finished.timing) if answering.options.timing else None,
+        usage=to_usage(gathered.finished.usage),
+        timing=to_timing(gathered.finished.timing) if answering.options.timing else None,
         seed=answering.seed,
     )
 
@@ -108,11 +108,11 @@ def _fill_finish(target: pb.Finished | pb.GeneratedSequence, finish: Finish) -> 
         target.stop_token_id = finish.matched
 
 
-def _usage(usage: Usage) -> pb.Usage:
+def to_usage(usage: Usage) -> pb.Usage:
     return pb.Usage(**usage._asdict())
 
 
-def _timing(timing: Timing) -> pb.Timing:
+def to_timing(timing: Timing) -> pb.Timing:
     return pb.Timing(
         queue=duration(timing.queue),
         prefill=duration(timing.prefill),

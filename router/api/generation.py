@@ -12,7 +12,7 @@ from typing import NamedTuple
 from mili.hub.folder import ModelFolder
 from mili.internal.v1.step_pb2 import Sampling
 from mili.router.errors import Reason, RequestError
-from mili.router.request import GenerationParams
+from mili.router.request import GenerationParams, Scheduling
 from mili.v1 import inference_pb2 as pb
 
 _MAX_TEMPERATURE = 100.0
@@ -78,15 +78,21 @@ def check_generation(generation: pb.Generation, context_limit: int, defaults: De
         count = len(generation.token_ids.ids)
         if generation.HasField("truncate_prompt_tokens"):
             count = min(count, generation.truncate_prompt_tokens)
-        _check_length(count, "generation.token_ids", context_limit)
+        check_length(count, "generation.token_ids", context_limit)
 
 
 def to_params(
-    generation: pb.Generation, prompt: list[int], context_limit: int, defaults: Defaults
+    generation: pb.Generation,
+    prompt: list[int],
+    context_limit: int,
+    defaults: Defaults,
+    *,
+    cache_namespace: bytes,
+    scheduling: Scheduling,
 ) -> GenerationParams:
     """Return the parameters of a checked Generation; raise RequestError for a bad prompt."""
     field = f"generation.{generation.WhichOneof('prompt')}"
-    _check_length(len(prompt), field, context_limit)
+    check_length(len(prompt), field, context_limit)
     check_token_ids(prompt, defaults.vocab_size, field)
     stopping, output = generation.stopping, generation.output
     eos = frozenset() if stopping.ignore_eos else defaults.eos_token_ids
@@ -113,10 +119,15 @@ def to_params(
         skip_special_tokens=(
             output.skip_special_tokens if output.HasField("skip_special_tokens") else True
         ),
+        cache_namespace=cache_namespace,
+        cache_read=not generation.cache.bypass_read,
+        cache_write=not generation.cache.bypass_write,
+        scheduling=scheduling,
     )
 
 
-def _check_length(count: int, field: str, context_limit: int) -> None:
+def check_length(count: int, field: str, context_limit: int) -> None:
+    """Raise RequestError for a prompt without tokens, or of more than fit."""
     _require(count > 0, field, "is empty")
     if count >= context_limit:
         raise RequestError(

@@ -1,6 +1,7 @@
 """The one interceptor of both listeners: whatever goes wrong leaves as a status of the contract.
 
-Owns reading and parsing requests, and turning exceptions into statuses. Does not know services.
+Owns the order in which a call is let in (who calls, then what is asked), reading and parsing
+requests, and turning exceptions into statuses. Does not know services.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import structlog
 from google.protobuf.message import DecodeError
 from grpc import aio
 
+from mili.router.api.identity import Identity
 from mili.router.api.status import Context, abort
 from mili.router.errors import Reason, RequestError
 
@@ -30,7 +32,8 @@ class Guard(aio.ServerInterceptor):
     without a message.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, identity: Identity) -> None:
+        self._identity = identity
         self._guarded: dict[str, _Handler] = {}
 
     async def intercept_service(
@@ -43,18 +46,24 @@ class Guard(aio.ServerInterceptor):
             handler = await continuation(handler_call_details)
             if handler is None:
                 return None  # grpc answers UNIMPLEMENTED
-            self._guarded[method] = _guard(method, handler)
+            self._guarded[method] = _guard(method, handler, self._identity)
         return self._guarded[method]
 
 
-def _guard(method: str, handler: Any) -> _Handler:  # noqa: ANN401 - the stubs lack coroutines
+def _guard(
+    method: str,
+    handler: Any,  # noqa: ANN401 - the stubs lack coroutines
+    identity: Identity,
+) -> _Handler:
     async def answer_one(requests: AsyncIterator[bytes], context: Context) -> Any:  # noqa: ANN401
         async with _errors_as_status(method, context):
+            identity.establish(method, context)
             request = await _only(requests, handler.request_deserializer)
             return await handler.unary_unary(request, context)
 
     async def answer_many(requests: AsyncIterator[bytes], context: Context) -> None:
         async with _errors_as_status(method, context):
+            identity.establish(method, context)
             if handler.request_streaming:
                 parsed = _each(requests, handler.request_deserializer)
                 responses = handler.stream_stream(parsed, context)

@@ -19,6 +19,7 @@ from mili.router.errors import Reason, RequestError
 from mili.router.stop import StopMatcher
 from mili.router.tokenizer import Tokenizer
 from mili.v1 import inference_pb2 as pb
+from mili.v1.admin_pb2 import PinPrefixRequest
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -95,19 +96,31 @@ class PromptReader:
         max_bytes = self._max_bytes(context_limit)
         if generation.HasField("truncate_prompt_tokens"):
             max_bytes = max(max_bytes, _MIN_TRUNCATED_BYTES)
-        ids = self._ids(generation, max_bytes)
+        special = True
+        if generation.HasField("add_special_tokens"):
+            special = generation.add_special_tokens
+        ids = self._ids(generation, "generation.", max_bytes, special=special)
         kept = len(ids)
         if generation.HasField("truncate_prompt_tokens"):
             kept = min(kept, generation.truncate_prompt_tokens)
         return list(ids[len(ids) - kept :])
 
-    def render(self, chat: pb.ChatPrompt, path: str, max_bytes: int) -> tuple[str, list[int]]:
-        """Return a chat as the model's template writes it, and the text's token ids."""
+    def read_prefix(self, prefix: PinPrefixRequest, context_limit: int) -> list[int]:
+        """Return the token ids that prompts of this prefix begin with."""
+        return list(self._ids(prefix, "", self._max_bytes(context_limit), ask=False))
+
+    def render(
+        self, chat: pb.ChatPrompt, path: str, max_bytes: int, *, ask: bool = True
+    ) -> tuple[str, list[int]]:
+        """Return a chat as the model's template writes it, and the text's token ids.
+
+        ask: end with the opening of the answer.
+        """
         messages = template_messages(chat, path)
         check_bytes((text for message in messages for text in message.values()), path, max_bytes)
         variables = template_variables(chat, path)
         try:
-            text = self._template.render(messages, variables=variables)
+            text = self._template.render(messages, variables=variables, add_generation_prompt=ask)
             check_bytes([text], path, max_bytes)
             return text, self._tokenizer.encode(text, add_special_tokens=False)
         except ValueError as error:
@@ -117,19 +130,22 @@ class PromptReader:
         per_token = _NORMALIZER_SLACK * self._tokenizer.longest_token_bytes
         return max(_MIN_TEXT_BYTES, context_limit * min(per_token, _MAX_BYTES_PER_TOKEN))
 
-    def _ids(self, generation: pb.Generation, max_bytes: int) -> Sequence[int]:
-        match generation.WhichOneof("prompt"):
-            case "token_ids":
-                return generation.token_ids.ids
-            case "chat":
-                return self.render(generation.chat, "generation.chat", max_bytes)[1]
-            case _:
-                special = True
-                if generation.HasField("add_special_tokens"):
-                    special = generation.add_special_tokens
-                text = generation.text
-                check_bytes([text], "generation.text", max_bytes)
-                return self._tokenizer.encode(text, add_special_tokens=special)
+    def _ids(
+        self,
+        prompt: pb.Generation | PinPrefixRequest,
+        path: str,
+        max_bytes: int,
+        *,
+        special: bool = True,
+        ask: bool = True,
+    ) -> Sequence[int]:
+        """path: of the message that holds the prompt, with a dot at its end, or empty."""
+        if prompt.HasField("token_ids"):
+            return prompt.token_ids.ids
+        if prompt.HasField("chat"):
+            return self.render(prompt.chat, f"{path}chat", max_bytes, ask=ask)[1]
+        check_bytes([prompt.text], f"{path}text", max_bytes)
+        return self._tokenizer.encode(prompt.text, add_special_tokens=special)
 
 
 def check_bytes(

@@ -22,15 +22,19 @@ from mili.router.api.engine import Engine
 from mili.router.api.generation import read_defaults
 from mili.router.api.guard import Guard
 from mili.router.api.health import Health
+from mili.router.api.identity import Identity
 from mili.router.api.inference import InferenceService
 from mili.router.api.model import ModelService, ServedModel
+from mili.router.api.pins import Pins
 from mili.router.api.prompt import PromptReader, TextThreads
 from mili.router.api.reflection import add_reflection
 from mili.router.api.streams import Streams
 from mili.router.api.tokenizer_service import TokenizerService
 from mili.router.chat_template import ChatTemplate
 from mili.router.config import RouterConfig
+from mili.router.quotas import Quotas
 from mili.router.request import RequestOutput
+from mili.router.tenants import Tenants
 from mili.router.tokenizer import Tokenizer
 from mili.v1 import (
     admin_pb2,
@@ -47,6 +51,9 @@ MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 
 _PUBLIC_FILES = (inference_pb2.DESCRIPTOR, model_pb2.DESCRIPTOR, embedding_pb2.DESCRIPTOR)
 _ADMIN_FILES = (admin_pb2.DESCRIPTOR,)
+
+# Who reaches the admin listener may use it: its address is what protects it.
+_OPERATORS = Tenants()
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -66,7 +73,7 @@ _log = structlog.get_logger()
 
 
 class ApiServer:
-    """Both listeners. Make and use it on the asyncio thread."""
+    """Both listeners. Make and use it on the asyncio thread. clock: the engine's, in seconds."""
 
     def __init__(
         self,
@@ -75,6 +82,8 @@ class ApiServer:
         tokenizer: Tokenizer,
         config: RouterConfig,
         *,
+        tenants: Tenants,
+        clock: Callable[[], float],
         list_workers: Callable[[], Sequence[WorkerStatus]],
         startup_phases: Sequence[tuple[str, float]] = (),
     ) -> None:
@@ -83,25 +92,36 @@ class ApiServer:
         self.admin_port = 0
         self._config = config
         self._servers: list[aio.Server] = []
+        self._tenants = tenants
         self._streams = Streams(engine)
         self._threads = TextThreads(config.max_queued_requests)
         template = ChatTemplate(folder)
         model = ServedModel.read(folder, config.served_model_name, tokenizer, template)
         prompts = PromptReader(tokenizer, template)
+        defaults = read_defaults(folder)
         self._health = Health(_service_names(_PUBLIC_FILES + _ADMIN_FILES))
         self._inference = InferenceService(
             engine=engine,
             streams=self._streams,
             model=model,
-            defaults=read_defaults(folder),
+            defaults=defaults,
             prompts=prompts,
             threads=self._threads,
+            quotas=Quotas(clock),
             instance_id=self.instance_id,
+            clock=clock,
         )
         self._model = ModelService(engine, model)
         self._tokenizer = TokenizerService(model, tokenizer, prompts, self._threads)
-        info = ServerInfo(self.instance_id, datetime.now(UTC), startup_phases)
-        self._admin = AdminService(model, list_workers, info)
+        self._admin = AdminService(
+            engine=engine,
+            model=model,
+            pins=Pins(engine, self._streams, defaults, prompts, self._threads),
+            tenants=tenants,
+            list_workers=list_workers,
+            info=ServerInfo(self.instance_id, datetime.now(UTC), startup_phases),
+            clock=clock,
+        )
 
     @property
     def num_live(self) -> int:
@@ -112,11 +132,11 @@ class ApiServer:
         """Listen on both ports; raise OSError where that is impossible."""
         config = self._config
         self.public_port = await self._listen(
-            config.host, config.port, self._add_public, _PUBLIC_FILES
+            config.host, config.port, self._add_public, _PUBLIC_FILES, self._tenants
         )
         try:
             self.admin_port = await self._listen(
-                config.admin_host, config.admin_port, self._add_admin, _ADMIN_FILES
+                config.admin_host, config.admin_port, self._add_admin, _ADMIN_FILES, _OPERATORS
             )
         except OSError:
             await self.stop()
@@ -148,8 +168,9 @@ class ApiServer:
         port: int,
         add_services: Callable[[aio.Server], None],
         files: Sequence[FileDescriptor],
+        tenants: Tenants,
     ) -> int:
-        server = aio.server(interceptors=[Guard()], options=_OPTIONS)
+        server = aio.server(interceptors=[Guard(Identity(tenants))], options=_OPTIONS)
         add_services(server)
         self._health.add_to(server)
         add_reflection(server, files)

@@ -5,6 +5,7 @@ Owns the status contract. Does not know requests, engines or services.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
@@ -103,7 +104,7 @@ async def abort(context: Context, error: RequestError) -> NoReturn:
     if error.reason in _FINAL:
         trailers += (("grpc-retry-pushback-ms", "-1"),)
     elif retry_after is not None:
-        trailers += (("grpc-retry-pushback-ms", str(round(retry_after * 1000))),)
+        trailers += (("grpc-retry-pushback-ms", str(math.ceil(retry_after * 1000))),)
     await context.abort(code, status.message, trailers)
 
 

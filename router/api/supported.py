@@ -18,21 +18,30 @@ from mili.router.errors import Reason, RequestError
 _SUPPORTED = {
     "GenerateRequest": "request_id generation",
     "GenerateStreamRequest": "request_id generation",
-    "Generation": "model text token_ids chat sampling stopping output"
+    "Generation": "model text token_ids chat sampling stopping output scheduling cache"
     " truncate_prompt_tokens add_special_tokens",
     "TokenIds": "ids",
     "ChatPrompt": "messages template_variables_json",
     "ChatMessage": "role content reasoning_content tool_call_id name",
     "SamplingParams": "temperature top_p top_k min_p repetition_penalty seed",
     "StopConditions": "max_tokens min_tokens stop_sequences stop_token_ids"
-    " include_stop_text ignore_eos",
+    " include_stop_text ignore_eos time_limit",
     "OutputOptions": "text token_ids skip_special_tokens timing",
+    "SchedulingHints": "priority max_queue_time session_id",
+    "CacheOptions": "bypass_read bypass_write salt",
     "CancelGenerationRequest": "request_id",
     "ListModelsRequest": "page_size page_token",
     "GetModelRequest": "name",
     "TokenizeRequest": "model texts add_special_tokens return_offsets",
     "DetokenizeRequest": "model token_ids skip_special_tokens",
     "RenderChatRequest": "model chat",
+    "WatchLoadRequest": "interval",
+    "DrainWorkerRequest": "name migrate_after",
+    "UndrainWorkerRequest": "name",
+    "ExplainRequestRequest": "request_id",
+    "PinPrefixRequest": "model text token_ids chat time_to_live tenant",
+    "UnpinPrefixRequest": "pin_id",
+    "FlushCacheRequest": "tenant",
 }
 _SUPPORTED_FIELDS = frozenset(
     f"mili.v1.{message}.{name}" for message, names in _SUPPORTED.items() for name in names.split()
@@ -74,7 +83,7 @@ def _messages(
     value: Any,  # noqa: ANN401
     path: str,
 ) -> Iterable[tuple[str, Message]]:
-    if field.message_type is None:
+    if field.message_type is None or isinstance(value, Duration):
         return ()
     if not field.is_repeated:
         return ((path, value),)

@@ -203,21 +203,13 @@ async def test_truncated_prompts_keep_their_end(public: aio.Channel, api: Api) -
     await call
 
 
-async def test_unserved_methods_say_so(public: aio.Channel, admin: aio.Channel) -> None:
+async def test_unserved_methods_say_so(public: aio.Channel) -> None:
     inference = inference_pb2_grpc.InferenceServiceStub(public)
     embedding = embedding_pb2_grpc.EmbeddingServiceStub(public)
-    operator = admin_pb2_grpc.AdminServiceStub(admin)
     calls: list[Any] = [
         inference.AttachStream(inference_pb2.AttachStreamRequest()),
         embedding.Embed(embedding_pb2.EmbedRequest()),
         embedding.Score(embedding_pb2.ScoreRequest()),
-        operator.WatchLoad(admin_pb2.WatchLoadRequest()),
-        operator.DrainWorker(admin_pb2.DrainWorkerRequest()),
-        operator.UndrainWorker(admin_pb2.UndrainWorkerRequest()),
-        operator.ExplainRequest(admin_pb2.ExplainRequestRequest()),
-        operator.PinPrefix(admin_pb2.PinPrefixRequest()),
-        operator.UnpinPrefix(admin_pb2.UnpinPrefixRequest()),
-        operator.FlushCache(admin_pb2.FlushCacheRequest()),
     ]
     for call in calls:
         assert await call.code() is grpc.StatusCode.UNIMPLEMENTED

@@ -34,8 +34,8 @@ Refusal = tuple[grpc.StatusCode, str, str]
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("bad_input")
     model = make_model_folder(folder / "tiny", vocab_size=VOCAB_SIZE)
-    flags = (f"--num-gpu-blocks-override={NUM_BLOCKS}", "--log-format=json")
-    with serving(model, folder / "log", *flags, **STEADY) as served:
+    blocks = f"--num-gpu-blocks-override={NUM_BLOCKS}"
+    with serving(model, folder / "log", blocks, MILI_LOG_FORMAT="json", **STEADY) as served:
         yield served
     events = [json.loads(line) for line in served.log.read_text().splitlines()]
     assert not [event for event in events if event["level"] in ("error", "critical")]

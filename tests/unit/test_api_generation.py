@@ -9,7 +9,8 @@ import pytest
 
 from mili.router.api.generation import Defaults, check_generation, read_defaults, to_params
 from mili.router.errors import Reason, RequestError
-from mili.router.request import FinishReason, GenerationParams
+from mili.router.introspection import RequestState
+from mili.router.request import FinishReason, GenerationParams, Scheduling
 from mili.router.worker_group import WorkerState
 from mili.v1 import admin_pb2
 from mili.v1 import inference_pb2 as pb
@@ -31,7 +32,18 @@ def text(**fields: object) -> pb.Generation:
 
 def params(generation: pb.Generation, defaults: Defaults) -> GenerationParams:
     check_generation(generation, CONTEXT_LIMIT, defaults)
-    return to_params(generation, PROMPT, CONTEXT_LIMIT, defaults)
+    return params_of(generation, PROMPT, defaults)
+
+
+def params_of(generation: pb.Generation, prompt: list[int], defaults: Defaults) -> GenerationParams:
+    return to_params(
+        generation,
+        prompt,
+        CONTEXT_LIMIT,
+        defaults,
+        cache_namespace=b"namespace",
+        scheduling=Scheduling(tenant="search"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,17 +114,17 @@ def test_prompt_options(defaults: Defaults, generation: pb.Generation, field: st
 
 
 def test_a_prompt_must_leave_room_for_a_token(defaults: Defaults) -> None:
-    to_params(text(), [1] * (CONTEXT_LIMIT - 1), CONTEXT_LIMIT, defaults)
+    params_of(text(), [1] * (CONTEXT_LIMIT - 1), defaults)
     with pytest.raises(RequestError, match=r"64 tokens.* 63 fit") as caught:
-        to_params(text(), [1] * CONTEXT_LIMIT, CONTEXT_LIMIT, defaults)
+        params_of(text(), [1] * CONTEXT_LIMIT, defaults)
     assert caught.value.reason is Reason.CONTEXT_TOO_LONG
 
 
 def test_prompt_ids_are_in_the_vocabulary(defaults: Defaults) -> None:
     with pytest.raises(RequestError, match="out of range"):
-        to_params(text(), [0, VOCAB_SIZE], CONTEXT_LIMIT, defaults)
+        params_of(text(), [0, VOCAB_SIZE], defaults)
     with pytest.raises(RequestError, match="empty"):
-        to_params(text(), [], CONTEXT_LIMIT, defaults)
+        params_of(text(), [], defaults)
 
 
 def test_nothing_set(defaults: Defaults) -> None:
@@ -189,3 +201,15 @@ def test_numbers_equal_the_protos() -> None:
         assert pb.FinishReason.Name(pb.FinishReason.ValueType(reason)).endswith(reason.name)
     for state in WorkerState:
         assert admin_pb2.WorkerState.Value(f"WORKER_STATE_{state.name}") == state
+    for step in RequestState:
+        assert admin_pb2.RequestState.Value(f"REQUEST_STATE_{step.name}") == step
+
+
+def test_the_cache_is_used_unless_bypassed(defaults: Defaults) -> None:
+    result = params(text(), defaults)
+    assert (result.cache_read, result.cache_write) == (True, True)
+    assert (result.cache_namespace, result.scheduling.tenant) == (b"namespace", "search")
+    result = params(text(cache=pb.CacheOptions(bypass_read=True)), defaults)
+    assert (result.cache_read, result.cache_write) == (False, True)
+    result = params(text(cache=pb.CacheOptions(bypass_write=True)), defaults)
+    assert (result.cache_read, result.cache_write) == (True, False)

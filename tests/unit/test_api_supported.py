@@ -11,6 +11,7 @@ from google.protobuf.message import Message
 
 from mili.router.api.supported import check_supported
 from mili.router.errors import Reason, RequestError
+from mili.v1 import admin_pb2
 from mili.v1 import inference_pb2 as pb
 
 WORKING = {
@@ -30,11 +31,13 @@ WORKING = {
         f"generation.stopping.{name}"
         for name in ("max_tokens", "min_tokens", "stop_sequences", "stop_token_ids")
     ),
-    *(f"generation.stopping.{name}" for name in ("include_stop_text", "ignore_eos")),
+    *(f"generation.stopping.{name}" for name in ("include_stop_text", "ignore_eos", "time_limit")),
     *(
         f"generation.output.{name}"
         for name in ("text", "token_ids", "skip_special_tokens", "timing")
     ),
+    *(f"generation.scheduling.{name}" for name in ("priority", "max_queue_time", "session_id")),
+    *(f"generation.cache.{name}" for name in ("bypass_read", "bypass_write", "salt")),
 }
 DURATION = "google.protobuf.Duration"
 
@@ -103,6 +106,35 @@ def test_exactly_the_working_fields_are_taken(request_type: type[Message]) -> No
     assert taken == WORKING
 
 
+OPERATORS = {
+    "WatchLoad": {"interval"},
+    "DrainWorker": {"name", "migrate_after"},
+    "UndrainWorker": {"name"},
+    "ExplainRequest": {"request_id"},
+    "PinPrefix": {
+        "model",
+        "text",
+        "token_ids.ids",
+        *(
+            f"chat.messages[0].{name}"
+            for name in ("role", "content", "reasoning_content", "tool_call_id", "name")
+        ),
+        "chat.template_variables_json",
+        "time_to_live",
+        "tenant",
+    },
+    "UnpinPrefix": {"pin_id"},
+    "FlushCache": {"tenant"},
+}
+
+
+@pytest.mark.parametrize("method", OPERATORS)
+def test_what_operators_may_say(method: str) -> None:
+    request: Message = getattr(admin_pb2, f"{method}Request")()
+    fields = leaves(request, request.DESCRIPTOR)
+    assert {path for path in fields if refused(request) is None} == OPERATORS[method]
+
+
 def test_neutral_values_say_nothing() -> None:
     request = pb.GenerateStreamRequest()
     sampling = request.generation.sampling
@@ -111,9 +143,6 @@ def test_neutral_values_say_nothing() -> None:
     sampling.num_sequences = 1
     request.generation.structured_output.after_reasoning = False
     request.generation.structured_output.SetInParent()
-    request.generation.scheduling.max_queue_time.seconds = 0
-    request.generation.scheduling.max_queue_time.SetInParent()
-    request.generation.cache.SetInParent()
     request.stream_options.resume_window.SetInParent()
     request.stream_options.include_recovery_notices = False
     check_supported(request)

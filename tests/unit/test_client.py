@@ -129,7 +129,9 @@ def test_time_to_retry(server: ScriptedServer, client: Client) -> None:
         (code_pb2.CANCELLED, mili_client.Cancelled),
         (code_pb2.DEADLINE_EXCEEDED, mili_client.DeadlineExceeded),
         (code_pb2.INTERNAL, mili_client.ServerError),
-        (code_pb2.PERMISSION_DENIED, MiliError),
+        (code_pb2.PERMISSION_DENIED, mili_client.NotAllowed),
+        (code_pb2.UNAUTHENTICATED, mili_client.NotAllowed),
+        (code_pb2.FAILED_PRECONDITION, MiliError),
     ],
 )
 async def test_error_types(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 
 from mili.client.requests import Options, build_generation
 from mili.client.results import PartialGeneration
@@ -16,7 +17,8 @@ def test_nothing_is_set_that_was_not_asked_for() -> None:
     assert generation.text == "Hi"
     assert not generation.sampling.ListFields()
     assert not generation.stopping.ListFields()
-    assert not generation.HasField("add_special_tokens")
+    for field in ("scheduling", "cache", "add_special_tokens"):
+        assert not generation.HasField(field)
     assert build_generation("Hi", {"temperature": None, "stop": ()}) == generation
 
 
@@ -40,6 +42,13 @@ def test_every_option_reaches_its_field() -> None:
         "skip_special_tokens": False,
         "add_special_tokens": False,
         "truncate_prompt_tokens": 7,
+        "time_limit": 2.5,
+        "priority": -3,
+        "max_queue_time": 0.25,
+        "session_id": "s",
+        "cache_salt": "salt",
+        "bypass_cache_read": True,
+        "bypass_cache_write": False,
     }
     assert options.keys() == Options.__annotations__.keys()
     built = build_generation(None, options)
@@ -63,7 +72,12 @@ def test_every_option_reaches_its_field() -> None:
             stop_token_ids=[8, 9],
             include_stop_text=True,
             ignore_eos=True,
+            time_limit=Duration(seconds=2, nanos=500_000_000),
         ),
+        scheduling=pb.SchedulingHints(
+            priority=-3, max_queue_time=Duration(nanos=250_000_000), session_id="s"
+        ),
+        cache=pb.CacheOptions(bypass_read=True, salt="salt"),
         output=pb.OutputOptions(token_ids=True, timing=True, skip_special_tokens=False),
         add_special_tokens=False,
         truncate_prompt_tokens=7,
@@ -84,6 +98,9 @@ def test_prompts() -> None:
         ("Hi", {"messages": []}, "either a prompt or messages"),
         ("Hi", {"temprature": 1.0}, "unknown option: temprature"),
         ("Hi", {"top_k": -1}, "top_k must be from 0"),
+        ("Hi", {"priority": 2**31}, "priority must be from -2147483648"),
+        ("Hi", {"max_queue_time": 0}, "max_queue_time must be above 0 seconds"),
+        ("Hi", {"time_limit": float("nan")}, "time_limit must be above 0 seconds"),
         ("Hi", {"temperature": "warm"}, "must be real number"),
     ],
 )

@@ -203,7 +203,7 @@ def test_a_planted_bug_is_caught(name: str) -> None:
     module, old, new = PLANTED[name]
     core = load_core({module: (old, new)})
     with pytest.raises((AssertionError, LookupError, TypeError, ValueError)):
-        run_simulations(core, range(120))
+        run_simulations(core, range(400))
 
 
 def test_one_command_admits_no_more_than_a_frame_holds(monkeypatch: pytest.MonkeyPatch) -> None:

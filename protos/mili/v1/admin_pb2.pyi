@@ -260,7 +260,9 @@ class WatchLoadRequest(_message.Message):
 
     INTERVAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def interval(self) -> _duration_pb2.Duration: ...
+    def interval(self) -> _duration_pb2.Duration:
+        """From 0.1 s to 1 h. Unset = whenever something has changed, looked at every second."""
+
     def __init__(
         self,
         *,
@@ -340,6 +342,7 @@ class DrainWorkerRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     MIGRATE_AFTER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """Of one of the group's workers; the group is drained as a whole."""
     @_builtins.property
     def migrate_after(self) -> _duration_pb2.Duration:
         """Move running sequences to other workers after this; unset = let them finish."""
@@ -383,6 +386,7 @@ class UndrainWorkerRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    """Of one of the group's workers."""
     def __init__(
         self,
         *,
@@ -446,6 +450,7 @@ class ExplainRequestRequest(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
+    """On a server with tenants: the tenant's name, a slash, and the tenant's own id of the request."""
     def __init__(
         self,
         *,
@@ -470,6 +475,7 @@ class ExplainRequestResponse(_message.Message):
     EVENTS_FIELD_NUMBER: _builtins.int
     state: Global___RequestState.ValueType
     queue_position: _builtins.int
+    """About how many go before it; 0 also when it does not wait."""
     @_builtins.property
     def timing(self) -> _inference_pb2.Timing: ...
     @_builtins.property
@@ -507,13 +513,16 @@ class PinPrefixRequest(_message.Message):
     model: _builtins.str
     text: _builtins.str
     tenant: _builtins.str
+    """Whose requests without a salt of their own find it; empty on a server without tenants."""
     adapter: _builtins.str
     @_builtins.property
     def token_ids(self) -> _inference_pb2.TokenIds: ...
     @_builtins.property
     def chat(self) -> _inference_pb2.ChatPrompt: ...
     @_builtins.property
-    def time_to_live(self) -> _duration_pb2.Duration: ...
+    def time_to_live(self) -> _duration_pb2.Duration:
+        """Above 0, and at most 30 days."""
+
     def __init__(
         self,
         *,
@@ -542,7 +551,9 @@ class PinPrefixResponse(_message.Message):
     PIN_ID_FIELD_NUMBER: _builtins.int
     PINNED_TOKENS_FIELD_NUMBER: _builtins.int
     pin_id: _builtins.str
+    """Empty where nothing could be pinned."""
     pinned_tokens: _builtins.int
+    """Whole blocks of the prefix; its last tokens may be in none, and pins have a bound together."""
     def __init__(
         self,
         *,
@@ -597,6 +608,7 @@ class FlushCacheRequest(_message.Message):
 
     TENANT_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
+    """Empty = everyone's."""
     def __init__(
         self,
         *,

@@ -513,7 +513,7 @@ class StopConditions(_message.Message):
     @_builtins.property
     def time_limit(self) -> _duration_pb2.Duration:
         """Finish with FINISH_REASON_TIME_LIMIT and what was generated so far, where the call's
-        own deadline would lose it.
+        own deadline would lose it. Above 0; of this and the deadline the earlier one counts.
         """
 
     def __init__(
@@ -693,12 +693,16 @@ class SchedulingHints(_message.Message):
     MAX_QUEUE_TIME_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
     priority: _builtins.int
-    """Larger runs first (the reverse of vLLM's flag); bounded by the caller's tenant policy."""
+    """From -100 to 100, larger runs first (the reverse of vLLM's flag). Above the tenant's
+    max_priority it is PERMISSION_DENIED.
+    """
     session_id: _builtins.str
-    """Sticky routing for multi-turn sessions."""
+    """Sticky routing for multi-turn sessions; at most 128 bytes."""
     @_builtins.property
     def max_queue_time(self) -> _duration_pb2.Duration:
-        """Reject (RESOURCE_EXHAUSTED) when still queued after this; the RPC deadline bounds it."""
+        """Reject (RESOURCE_EXHAUSTED) when still queued after this; the RPC deadline bounds it. Above 0,
+        and not longer than stopping.time_limit.
+        """
 
     def __init__(
         self,
@@ -723,9 +727,13 @@ class CacheOptions(_message.Message):
     BYPASS_WRITE_FIELD_NUMBER: _builtins.int
     SALT_FIELD_NUMBER: _builtins.int
     bypass_read: _builtins.bool
+    """Compute the prompt anew."""
     bypass_write: _builtins.bool
+    """Leave nothing in the cache."""
     salt: _builtins.str
-    """Mixed into the tenant's own server-side salt; it can narrow sharing, never widen it."""
+    """Mixed into the tenant's own server-side salt; it can narrow sharing, never widen it. At most
+    256 bytes; refused where both ways of using the cache are bypassed.
+    """
     def __init__(
         self,
         *,
