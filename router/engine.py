@@ -224,7 +224,7 @@ class Engine:
         scheduler = self._schedulers[group.name]
         news = scheduler.update(result)
         started = self._pump(group.name)
-        self._deliver([*(self._output(request, token) for request, token in news), *started])
+        self._deliver([self._output(request, token) for request, token in news] + started)
 
     @_event
     def on_lost(self, group: WorkerGroup, reason: str, *, died: bool) -> None:
@@ -305,18 +305,17 @@ class Engine:
 
     def _output(self, request: Request, token: int | None = None) -> RequestOutput:
         """What to tell a request after a step; the last output takes it off the books."""
-        now = self._clock()
         token_ids = () if token is None else (token,)
         if token_ids and request.first_token_at is None:
-            request.first_token_at = now
+            request.first_token_at = self._clock()
         finished = None
         if request.finish is not None:
-            finished = Finished(request.finish, request.usage, request.timing(now))
+            finished = Finished(request.finish, request.usage, request.timing(self._clock()))
             del self._requests[request.request_id]
         return RequestOutput(
             request.request_id,
-            token_ids=token_ids,
-            text=request.text.take() if request.text else "",
-            first_token_index=request.num_output_tokens - len(token_ids),
+            token_ids,
+            request.text.take() if request.text else "",
+            request.num_output_tokens - len(token_ids),
             finished=finished,
         )

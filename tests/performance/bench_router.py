@@ -1,6 +1,7 @@
 """What the router costs: CPU per streamed token, gaps between messages, and the scheduler alone.
 
-    python -m tests.performance.bench_router [--streams 256] [--seconds 10] [--only served,scheduler]
+    python -m tests.performance.bench_router [--streams 256] [--seconds 10]
+        [--only served,scheduler]
 
 A worker process without a model ends a step every 8 ms; real clients stream text and token ids
 through real gRPC on loopback. CPU is the router process's own (user and system, all its threads),
@@ -42,6 +43,7 @@ from tests.performance.bench_server import environment
 from tests.performance.load_clients import Clients, Prompt, Stream, time_to
 from tests.serving import MILI, free_port
 
+TIMED_WORKER = [sys.executable, "-m", "tests.timed_worker"]
 STEP_SECONDS = 0.008
 CONTEXT_LIMIT = 4096
 PROMPT_TOKENS = 24
@@ -69,6 +71,14 @@ class Served(NamedTuple):
         used = self.router.cpu_times()
         return float(used.user + used.system)
 
+    def others(self) -> float:
+        """CPU seconds that processes not of this benchmark have used: they slow down ours."""
+        total = psutil.cpu_times()
+        this = psutil.Process()
+        family = [each.cpu_times() for each in (this, *this.children(recursive=True))]
+        ours = sum(each.user + each.system for each in family)
+        return float(total.user + total.nice + total.system - ours)
+
 
 class Line(NamedTuple):
     """limit: what may not be passed, if anything is asked."""
@@ -88,7 +98,15 @@ def served(folder: Path, rows: int) -> Iterator[Served]:
     ports = ["--port", address.partition(":")[2], "--admin-port", str(free_port())]
     commands = [
         [*MILI, "router", str(folder), "--worker-link", link, "--log-level", "error", *ports],
-        [sys.executable, "-m", "tests.timed_worker", link, str(folder), "--max-rows", str(rows + 8)],
+        [
+            sys.executable,
+            "-m",
+            "tests.timed_worker",
+            link,
+            str(folder),
+            "--max-rows",
+            str(rows + 8),
+        ],
     ]
     with (
         ExitStack() as stack,
@@ -126,11 +144,11 @@ class Bench:
     def measure_starts(self) -> None:
         """Requests of one token: what a request costs beside its tokens."""
         self._crowd(1)
-        used, _ = self._timed(1)
+        used, *_ = self._timed(1)
         self.lines.append(Line("CPU per request", 1e3 * used / self._streams, "ms"))
 
     def measure_streaming(self, tokens: int) -> None:
-        used, streams = self._timed(tokens)
+        used, others, streams = self._timed(tokens)
         total = sum(sum(stream.counts) for stream in streams)
         messages = sum(len(stream.counts) for stream in streams)
         gaps = sorted(gap for stream in streams for gap in _gaps(stream))
@@ -142,6 +160,7 @@ class Bench:
             Line("CPU per streamed token", 1e6 * used / total, "us", MOST_CPU),
             Line("CPU per message", 1e6 * used / messages, "us"),
             Line("CPU of the router", 100 * used / seconds, "% of a core"),
+            Line("CPU of processes beside all this", 100 * others / seconds, "% of a core"),
             Line("gap between messages, median", 1e3 * statistics.median(gaps), "ms"),
             Line("gap between messages, p99", 1e3 * gaps[len(gaps) * 99 // 100], "ms", LONGEST_GAP),
             Line("gap between messages, longest", 1e3 * gaps[-1], "ms"),
@@ -167,11 +186,11 @@ class Bench:
             Line(f"first token {where}, longest", max(waits), "ms"),
         ]
 
-    def _timed(self, tokens: int) -> tuple[float, list[Stream]]:
-        """CPU seconds of the router, and what its clients saw."""
-        before = self._server.cpu_seconds()
+    def _timed(self, tokens: int) -> tuple[float, float, list[Stream]]:
+        """CPU seconds of the router and of strangers, and what the clients saw."""
+        before, others = self._server.cpu_seconds(), self._server.others()
         streams = self._crowd(tokens)
-        return self._server.cpu_seconds() - before, streams
+        return self._server.cpu_seconds() - before, self._server.others() - others, streams
 
     def _crowd(self, tokens: int) -> list[Stream]:
         return self._server.crowd.run(self._prompts(self._streams), tokens)

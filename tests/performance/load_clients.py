@@ -4,7 +4,8 @@
 
 A client reads a job in JSON from a line of stdin, prepares its requests, answers "prepared", waits
 for a line that says go, starts all streams at once, and answers what came when. Token ids go in
-and out, and text comes where it is asked for. Owns what a stream must look like. Does not know what is measured.
+and out; text comes too where it is asked for. Owns what a stream must look like. Does not know what
+is measured.
 """
 
 from __future__ import annotations
