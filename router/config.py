@@ -44,6 +44,11 @@ class RouterConfig(BaseModel):
     max_queued_requests: int = Field(
         default=1024, ge=1, description="Requests that may wait; more are refused."
     )
+    max_unread_tokens: int = Field(
+        default=8192,
+        ge=256,
+        description="Tokens that may wait for the reader of a stream; with more it is ended.",
+    )
     worker_timeout: float = Field(
         default=1.0, ge=0.5, description="Seconds without progress until a worker is lost."
     )

@@ -16,7 +16,8 @@ from mili.router.api.generation import Defaults, check_generation, to_params
 from mili.router.api.model import ServedModel, revision
 from mili.router.api.prompt import PromptReader, TextThreads
 from mili.router.api.status import Context, NotFoundError, unsupported_method
-from mili.router.api.streams import Stream, Streams
+from mili.router.api.stream import Stream
+from mili.router.api.streams import Streams
 from mili.router.api.supported import check_supported
 from mili.router.errors import Reason, RequestError
 from mili.v1 import inference_pb2 as pb
