@@ -53,7 +53,7 @@ class Stream:
         self._first_token_index = 0
         self._error: RequestError | None = None
         self._loop = asyncio.get_running_loop()
-        self._awake = False
+        self.woken = False  # and has not read since
         self._waiter: asyncio.Future[None] | None = None
 
     @property
@@ -79,7 +79,7 @@ class Stream:
 
     def wake(self) -> None:
         """Let the reader take what there is."""
-        self._awake = True
+        self.woken = True
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -99,10 +99,10 @@ class Stream:
 
     async def take(self) -> Gathered:
         """Wait for output, and return all of it."""
-        if not self._awake:
+        if not self.woken:
             self._waiter = self._loop.create_future()
             await self._waiter
-        self._awake = False
+        self.woken = False
         self._waiter = None
         gathered = Gathered(
             self._started,

@@ -74,7 +74,7 @@ class Streams:
             elif not stream.whole:
                 # The first token does not wait for its turn.
                 self._pacer.add(stream, urgent=output.first_token_index == 0)
-                if self._is_slow(stream):
+                if stream.woken and self._is_slow(stream):
                     slow.append(stream)
         # The engine answers a cancel with outputs: this method must have come to its end.
         for stream in slow:

@@ -117,6 +117,7 @@ async def test_unread_text_counts_too_and_what_is_read_does_not(
         engine.deliver([RequestOutput("a", (index,), "x" * 1000, index)])
         assert stream.finished is None
         assert len((await stream.take()).text) == 1000
+    stream.wake()
     engine.deliver([RequestOutput("a", (20,), "x" * 1601, 20)])
     assert reason_of_end(stream) is Reason.SLOW_READER
     streams.close(stream)
