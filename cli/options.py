@@ -37,6 +37,7 @@ WITHOUT_FLAG = frozenset(
         "name",
         "num_threads",
         "pipeline_depth",
+        "max_unread_tokens",
         "recovery_timeout",
         "worker_timeout",
     }

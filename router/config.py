@@ -65,6 +65,11 @@ class RouterConfig(BaseModel):
         ge=0,
         description="Tokens cached per worker group with token-limit. Default: no cap.",
     )
+    max_unread_tokens: int = Field(
+        default=8192,
+        ge=256,
+        description="Tokens that may wait for the reader of a stream; with more it is ended.",
+    )
     worker_timeout: float = Field(
         default=1.0, ge=0.5, description="Seconds without progress until a worker is lost."
     )

@@ -6,7 +6,7 @@ Does not know encoding, requests or stop sequences.
 
 from __future__ import annotations
 
-import codecs
+from codecs import utf_8_decode
 from typing import Any, Protocol
 
 from tokenizers import Tokenizer
@@ -30,13 +30,21 @@ class ByteLevelDetokenizer:
 
     def __init__(self, token_bytes: TokenBytes) -> None:
         self._token_bytes = token_bytes
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._whole_texts = token_bytes.whole_texts
+        self._partial = b""  # the beginning of a character
 
     def push(self, token_id: int) -> str:
-        return self._decode(self._token_bytes[token_id])
+        if not self._partial and (text := self._whole_texts[token_id]) is not None:
+            return text
+        seen = self._partial + self._token_bytes[token_id]
+        text, used = utf_8_decode(seen, "replace")
+        self._partial = seen[used:]
+        return text
 
     def flush(self) -> str:
-        return self._decode(b"", final=True)
+        text, _ = utf_8_decode(self._partial, "replace", True)
+        self._partial = b""
+        return text
 
 
 class PieceDetokenizer:
@@ -80,6 +88,7 @@ class TokenBytes(dict[int, bytes]):
 
     def __init__(self, backend: Tokenizer, dropped_ids: frozenset[int]) -> None:
         super().__init__()
+        self.whole_texts = WholeTexts(self)
         self._backend = backend
         self._dropped_ids = dropped_ids
 
@@ -90,6 +99,20 @@ class TokenBytes(dict[int, bytes]):
 
     def detokenizer(self) -> Detokenizer:
         return ByteLevelDetokenizer(self)
+
+
+class WholeTexts(dict[int, str | None]):
+    """What each token adds where no character is unfinished; None if it leaves one so."""
+
+    def __init__(self, token_bytes: TokenBytes) -> None:
+        super().__init__()
+        self._token_bytes = token_bytes
+
+    def __missing__(self, token_id: int) -> str | None:
+        spelled = self._token_bytes[token_id]
+        text, used = utf_8_decode(spelled, "replace")
+        self[token_id] = text if used == len(spelled) else None
+        return self[token_id]
 
 
 class TokenPieces(dict[int, str | None]):

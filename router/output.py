@@ -32,7 +32,7 @@ class DetokenizedOutput:
         include_stop_text: bool,
     ) -> None:
         self._detokenizer = tokenizer.detokenizer(skip_special_tokens=skip_special_tokens)
-        self._matcher = StopMatcher(stop_sequences)
+        self._matcher = StopMatcher(stop_sequences) if stop_sequences else None
         self._include_stop_text = include_stop_text
         self._may_stop = True
         self._stopped = False
@@ -41,12 +41,21 @@ class DetokenizedOutput:
     def push(self, token_id: int, *, may_stop: bool) -> str | None:
         """Take the next token; return the stop sequence that it completed, if it did."""
         assert not self._stopped, "a token after the stop"
+        text = self._detokenizer.push(token_id)
+        if self._matcher is None:
+            self._ready += text
+            return None
         self._may_stop = may_stop
-        return self._add(self._detokenizer.push(token_id))
+        return self._match(self._matcher, text)
 
     def finish(self) -> None:
         """No more tokens come: release the text that was held back, cut at a stop as any."""
-        if not self._stopped and self._add(self._detokenizer.flush()) is None:
+        if self._stopped:
+            return
+        text = self._detokenizer.flush()
+        if self._matcher is None:
+            self._ready += text
+        elif self._match(self._matcher, text) is None:
             self._ready += self._matcher.flush()
 
     def take(self) -> str:
@@ -54,8 +63,8 @@ class DetokenizedOutput:
         ready, self._ready = self._ready, ""
         return ready
 
-    def _add(self, text: str) -> str | None:
-        certain, matched = self._matcher.push(text, may_stop=self._may_stop)
+    def _match(self, matcher: StopMatcher, text: str) -> str | None:
+        certain, matched = matcher.push(text, may_stop=self._may_stop)
         self._ready += certain
         if matched is None:
             return None

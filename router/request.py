@@ -290,7 +290,8 @@ class Request:
         params = self.params
         self.token_ids.append(token_id)
         self.deaths = self.strikes = 0
-        num_output = self.num_output_tokens
+        num_tokens = len(self.token_ids)
+        num_output = num_tokens - self.num_prompt_tokens
         may_stop = num_output > params.min_tokens
         if may_stop and token_id in params.eos_token_ids:
             return self.end(Finish(FinishReason.EOS))
@@ -299,11 +300,10 @@ class Request:
         matched = self.text.push(token_id, may_stop=may_stop) if self.text else None
         if matched is not None:
             return self.end(Finish(FinishReason.STOP_SEQUENCE, matched))
-        if num_output >= params.max_tokens:
-            return self.end(Finish(FinishReason.MAX_TOKENS))
-        if len(self.token_ids) >= self.max_length:
-            return self.end(Finish(FinishReason.CONTEXT_LENGTH))
-        return None
+        if num_tokens < self.max_length:
+            return None
+        spent = num_output >= params.max_tokens
+        return self.end(Finish(FinishReason.MAX_TOKENS if spent else FinishReason.CONTEXT_LENGTH))
 
     def end(self, finish: Finish) -> None:
         """Nothing more is generated; the text that was held back is released."""

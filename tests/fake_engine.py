@@ -159,14 +159,20 @@ def refuse_with(reason: Reason, *, retry_after: float | None = None) -> RequestE
     return RequestError(reason, "refused by the test", retry_after=retry_after)
 
 
-def make_folder(path: Path, *, template: bool = True, **generation: Any) -> ModelFolder:  # noqa: ANN401
+def make_folder(
+    path: Path,
+    *,
+    template: bool = True,
+    context_limit: int = CONTEXT_LIMIT,
+    **generation: Any,  # noqa: ANN401
+) -> ModelFolder:
     """Write a folder that looks like a model: bytes for tokens, one tensor without data."""
     path.mkdir(exist_ok=True)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": VOCAB_SIZE,
-        "max_position_embeddings": CONTEXT_LIMIT,
+        "max_position_embeddings": context_limit,
         "dtype": "float32",
     }
     tokenizer_config = {"chat_template": TEMPLATE} if template else {}

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mili.router.api.status import duration
-from mili.router.api.streams import Gathered
+from mili.router.api.stream import Gathered
 from mili.router.errors import Reason, RequestError
 from mili.router.request import Finish, FinishReason, Started, Timing, Usage
 from mili.v1 import inference_pb2 as pb

@@ -19,7 +19,8 @@ from mili.router.api.model import ServedModel, revision
 from mili.router.api.prompt import PromptReader, TextThreads
 from mili.router.api.scheduling import to_cache_namespace, to_scheduling
 from mili.router.api.status import Context, NotFoundError, unsupported_method
-from mili.router.api.streams import Stream, Streams
+from mili.router.api.stream import Stream
+from mili.router.api.streams import Streams
 from mili.router.api.supported import check_supported
 from mili.router.errors import Reason, RequestError
 from mili.router.quotas import Quotas

@@ -12,8 +12,8 @@ from collections import deque
 from typing import Protocol
 
 # Seconds between two messages of a stream, for each stream that lives; at most the longest.
-INTERVAL_PER_STREAM = 100e-6
-LONGEST_INTERVAL = 0.05
+INTERVAL_PER_STREAM = 160e-6
+LONGEST_INTERVAL = 0.040
 # Readers that are woken before the loop looks at its sockets again.
 SLICE = 16
 

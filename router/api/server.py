@@ -93,7 +93,7 @@ class ApiServer:
         self._config = config
         self._servers: list[aio.Server] = []
         self._tenants = tenants
-        self._streams = Streams(engine)
+        self._streams = Streams(engine, config.max_unread_tokens)
         self._threads = TextThreads(config.max_queued_requests)
         template = ChatTemplate(folder)
         model = ServedModel.read(folder, config.served_model_name, tokenizer, template)

@@ -1,105 +1,37 @@
 """The live requests: from the engine's batches of outputs to each request's own stream.
 
-Owns which request ids are live and what of their output is not yet sent. Does not know protobuf.
+Owns which request ids are live, and how much of their output may be unread: the engine never waits
+for a reader, so one that does not read loses its stream. Does not know protobuf.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from mili.router.api.engine import Engine
 from mili.router.api.pacing import Pacer
+from mili.router.api.stream import Stream
 from mili.router.errors import Reason, RequestError
-from mili.router.request import (
-    Finish,
-    Finished,
-    FinishReason,
-    GenerationParams,
-    RequestOutput,
-    Started,
-    Timing,
-    Usage,
-)
+from mili.router.request import Finish, FinishReason, GenerationParams, RequestOutput
 
 # Of so many ended requests the ids are remembered, to tell "ended" from "never seen".
 _REMEMBERED = 4096
-
-_NOTHING_USED = Usage(0, 0, 0, 0)
-_NO_TIME = Timing(0.0, 0.0, 0.0, 0.0, 0.0, 0, 0, "")
-
-
-class Gathered(NamedTuple):
-    """What a stream received since it was last read."""
-
-    started: Started | None
-    text: str
-    token_ids: list[int]
-    first_token_index: int
-    finished: Finished | None
-
-
-class Stream:
-    """The unread output of one request: outputs gather while the reader is busy.
-
-    A reader that wants the whole result is woken once, at the end, and not at every step.
-    """
-
-    def __init__(self, request_id: str, *, whole: bool) -> None:
-        self.request_id = request_id
-        self.submitted = False
-        self.finished: Finished | None = None
-        self.whole = whole
-        self.due = 0.0  # not woken before that time of the loop
-        self._started: Started | None = None
-        self._texts: list[str] = []
-        self._token_ids: list[int] = []
-        self._first_token_index = 0
-        self._wake = asyncio.Event()
-
-    def put(self, output: RequestOutput) -> None:
-        """Take one step's output."""
-        if output.started is not None:
-            self._started = output.started
-        if not self._token_ids:
-            self._first_token_index = output.first_token_index
-        self._token_ids += output.token_ids
-        if output.text:
-            self._texts.append(output.text)
-        self.finished = output.finished
-
-    def wake(self) -> None:
-        """Let the reader take what there is."""
-        self._wake.set()
-
-    def end(self, finish: Finish) -> None:
-        """End the stream without the engine."""
-        self.put(RequestOutput("", finished=Finished(finish, _NOTHING_USED, _NO_TIME)))
-        self.wake()
-
-    async def take(self) -> Gathered:
-        """Wait for output, and return all of it."""
-        await self._wake.wait()
-        self._wake.clear()
-        gathered = Gathered(
-            self._started,
-            "".join(self._texts),
-            self._token_ids,
-            self._first_token_index,
-            self.finished,
-        )
-        self._started = None
-        self._texts = []
-        self._token_ids = []
-        return gathered
+# Characters that may be unread for each token that may: text is of its own length.
+_CHARACTERS_PER_TOKEN = 16
 
 
 class Streams:
-    """All live requests. Every method runs on the asyncio thread."""
+    """All live requests. Every method runs on the asyncio thread.
 
-    def __init__(self, engine: Engine) -> None:
+    max_unread_tokens: what may gather for a reader that does not read. One that wants the whole
+    result has as much as it asked for.
+    """
+
+    def __init__(self, engine: Engine, max_unread_tokens: int) -> None:
         self._engine = engine
+        self._max_unread_tokens = max_unread_tokens
+        self._max_unread_characters = max_unread_tokens * _CHARACTERS_PER_TOKEN
         self._live: dict[str, Stream] = {}
         self._ended: dict[str, None] = {}  # oldest first
         self._pacer = Pacer()
@@ -130,6 +62,7 @@ class Streams:
 
     def deliver(self, outputs: Iterable[RequestOutput]) -> None:
         """Take the engine's outputs of one step; a stream's last one ends its id's life."""
+        slow: list[Stream] = []
         for output in outputs:
             stream = self._live.get(output.request_id)
             if stream is None:
@@ -137,10 +70,15 @@ class Streams:
             stream.put(output)
             if output.finished is not None:
                 self._forget(stream)
-            if output.finished is not None or not stream.whole:
-                # The first token and the end do not wait for their turn.
-                urgent = output.finished is not None or output.first_token_index == 0
-                self._pacer.add(stream, urgent=urgent)
+                self._pacer.add(stream, urgent=True)
+            elif not stream.whole:
+                # The first token does not wait for its turn.
+                self._pacer.add(stream, urgent=output.first_token_index == 0)
+                if stream.woken and self._is_slow(stream):
+                    slow.append(stream)
+        # The engine answers a cancel with outputs: this method must have come to its end.
+        for stream in slow:
+            self._cut(stream)
         self._pacer.wake_due(len(self._live))
 
     def cancel(self, request_id: str) -> bool:
@@ -178,6 +116,18 @@ class Streams:
                 stream.end(Finish(FinishReason.ERROR, error=error))
                 self._forget(stream)
                 self._engine.cancel(stream.request_id)
+
+    def _is_slow(self, stream: Stream) -> bool:
+        return (
+            stream.num_unread_tokens > self._max_unread_tokens
+            or stream.num_unread_characters > self._max_unread_characters
+        )
+
+    def _cut(self, stream: Stream) -> None:
+        unread = f"{stream.num_unread_tokens} tokens, {stream.num_unread_characters} characters"
+        message = f"the output was not read: {unread} waited; read faster, or ask for it whole"
+        stream.cut(RequestError(Reason.SLOW_READER, message))
+        self._engine.cancel(stream.request_id)
 
     def _forget(self, stream: Stream) -> None:
         del self._live[stream.request_id]

@@ -17,7 +17,7 @@ from grpc_status import rpc_status
 
 from mili.router.api.server import ApiServer
 from mili.router.errors import Reason, RequestError
-from mili.router.request import Finish, FinishReason, RequestOutput
+from mili.router.request import Finish, FinishReason
 from mili.v1 import inference_pb2 as pb
 from mili.v1 import inference_pb2_grpc
 from tests.fake_engine import FakeEngine, letter, make_folder, refuse_with, running_api
@@ -363,26 +363,6 @@ async def test_the_first_token_does_not_wait_for_others(stub: Stub, engine: Fake
     assert (await anext(responses)).event.delta.text == "a"
     await engine.run()
     assert [response async for response in responses]
-
-
-async def test_a_slow_reader_gets_fewer_and_larger_deltas(
-    api: tuple[ApiServer, FakeEngine], engine: FakeEngine
-) -> None:
-    tokens, text = 60, "x" * 50_000
-    # A window that does not grow: the server's writes wait for the reads of the client.
-    options = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65_535))
-    channel = aio.insecure_channel(f"127.0.0.1:{api[0].public_port}", options=options)
-    call = inference_pb2_grpc.InferenceServiceStub(channel).GenerateStream(asking(1000))
-    request_id = await engine.submitted.get()
-    for index in range(tokens):
-        engine.deliver([RequestOutput(request_id, (index,), text, index)])
-        await asyncio.sleep(0.001)  # flow control stops the writes, and not this loop
-    engine.finish(request_id, Finish(FinishReason.EOS))
-    deltas = [response.event.delta async for response in call][:-1]
-    assert len(deltas) < tokens / 2
-    assert sum(delta.num_tokens for delta in deltas) == tokens
-    assert "".join(delta.text for delta in deltas) == text * tokens
-    await channel.close()
 
 
 async def test_drain_lets_streams_end(

@@ -4,7 +4,8 @@
 
 A client reads a job in JSON from a line of stdin, prepares its requests, answers "prepared", waits
 for a line that says go, starts all streams at once, and answers what came when. Token ids go in
-and out; no text is asked for. Owns what a stream must look like. Does not know what is measured.
+and out; text comes too where it is asked for. Owns what a stream must look like. Does not know what
+is measured.
 """
 
 from __future__ import annotations
@@ -87,8 +88,11 @@ class ClientsError(Exception):
 class Clients:
     """Client processes of one server. They start before it does, and connect when it is needed."""
 
-    def __init__(self, address: str, processes: int, vocab_size: int) -> None:
+    def __init__(
+        self, address: str, processes: int, vocab_size: int, *, text: bool = False
+    ) -> None:
         self._vocab_size = vocab_size
+        self._text = text
         command = [sys.executable, "-m", "tests.performance.load_clients", address]
         self._stack = ExitStack()
         self._processes = [
@@ -113,6 +117,7 @@ class Clients:
                 "prompts": prompts[index :: len(used)],
                 "max_tokens": max_tokens,
                 "vocab_size": self._vocab_size,
+                "text": self._text,
             }
             _tell(process, json.dumps(job))
         for process in used:
@@ -156,7 +161,7 @@ def _requests(job: dict[str, Any]) -> Iterable[pb.GenerateStreamRequest]:
             Prompt(seed, length).token_ids(job["vocab_size"]),
             {"max_tokens": job["max_tokens"], "temperature": 0, "ignore_eos": True},
         )
-        generation.output.text = False
+        generation.output.text = job["text"]
         yield pb.GenerateStreamRequest(generation=generation)
 
 

@@ -1,18 +1,22 @@
-"""Live requests: ids, gathering, cancels at every moment, and draining."""
+"""Live requests: ids, gathering, who does not read, cancels at every moment, and draining."""
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
 from mili.internal.v1.step_pb2 import Sampling
+from mili.router.api.stream import Stream
 from mili.router.api.streams import Streams
 from mili.router.errors import Reason, RequestError
-from mili.router.request import FinishReason, GenerationParams
+from mili.router.request import FinishReason, GenerationParams, RequestOutput
 from tests.fake_engine import FakeEngine
 
 PARAMS = GenerationParams(prompt_token_ids=[1, 2], sampling=Sampling(seed=1), max_tokens=4)
+MAX_UNREAD = 100
+ENDLESS = replace(PARAMS, max_tokens=10**6)
 
 
 @pytest.fixture
@@ -22,7 +26,7 @@ def engine() -> FakeEngine:
 
 @pytest.fixture
 async def streams(engine: FakeEngine) -> Streams:
-    streams = Streams(engine)
+    streams = Streams(engine, max_unread_tokens=MAX_UNREAD)
     engine.deliver = streams.deliver
     return streams
 
@@ -75,6 +79,48 @@ async def test_a_reader_of_the_whole_sleeps_to_the_end(
         assert not reader.done()
     engine.step()
     assert (await reader).text == "abcd"
+
+
+def reason_of_end(stream: Stream) -> Reason | None:
+    assert stream.finished is not None
+    error = stream.finished.finish.error
+    return error.reason if error else None
+
+
+async def test_who_does_not_read_loses_that_stream_alone(
+    streams: Streams, engine: FakeEngine
+) -> None:
+    idle, busy, whole = (streams.open(name, whole=name == "whole") for name in ("a", "b", "whole"))
+    for stream in (idle, busy, whole):
+        streams.submit(stream, ENDLESS)
+    read = 0
+    for step in range(1, MAX_UNREAD + 2):
+        engine.step()
+        read += len((await busy.take()).token_ids)
+        assert (idle.finished is None) == (step <= MAX_UNREAD)
+    assert engine.cancelled.get_nowait() == "a"
+    assert reason_of_end(idle) is Reason.SLOW_READER
+    rest = await idle.take()
+    assert not rest.token_ids and not rest.text
+    assert (read, busy.finished, whole.finished) == (MAX_UNREAD + 1, None, None)
+    for stream in (idle, busy, whole):
+        streams.close(stream)
+    assert len(streams) == 0
+
+
+async def test_unread_text_counts_too_and_what_is_read_does_not(
+    streams: Streams, engine: FakeEngine
+) -> None:
+    stream = streams.open("a", whole=False)
+    streams.submit(stream, ENDLESS)
+    for index in range(20):
+        engine.deliver([RequestOutput("a", (index,), "x" * 1000, index)])
+        assert stream.finished is None
+        assert len((await stream.take()).text) == 1000
+    stream.wake()
+    engine.deliver([RequestOutput("a", (20,), "x" * 1601, 20)])
+    assert reason_of_end(stream) is Reason.SLOW_READER
+    streams.close(stream)
 
 
 async def test_a_live_id_is_taken_and_an_ended_one_is_free(
