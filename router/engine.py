@@ -9,22 +9,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import update_wrapper
-from typing import Concatenate, ParamSpec, TypeVar
 
 import structlog
 
 from mili.internal.v1.step_pb2 import StepResult
-from mili.router.admission import Admission
+from mili.router.admission import Admission, check_capable
 from mili.router.deadlines import Deadlines, end_if_over, times_of
-from mili.router.errors import Reason, RequestError
 from mili.router.fair_share import FairShare
+from mili.router.faults import OnFault, reports_faults
 from mili.router.introspection import Explanation, Load
 from mili.router.kv_cache import DEFAULT_CACHE, CacheSettings
 from mili.router.ledger import Ledger
+from mili.router.load import load_of
 from mili.router.pipeline import Pipeline
 from mili.router.placement import place
-from mili.router.recovery import RETRY_AFTER, Homeless, judge
+from mili.router.recovery import Homeless, judge
 from mili.router.request import (
     Finish,
     FinishReason,
@@ -39,30 +38,8 @@ from mili.router.worker_group import WorkerGroup
 Deliver = Callable[[list[RequestOutput]], None]
 Clock = Callable[[], float]
 MakeText = Callable[[GenerationParams], TextOutput | None]
-OnFault = Callable[[Exception], None]
 
 log = structlog.get_logger()
-
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
-
-
-def _event(
-    method: Callable[Concatenate[Engine, _P], _T],
-) -> Callable[Concatenate[Engine, _P], _T]:
-    """An exception that is not for a caller leaves the engine half changed: report it as fatal."""
-
-    def watched(self: Engine, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        try:
-            return method(self, *args, **kwargs)
-        except RequestError:
-            raise
-        except Exception as error:
-            self._on_fault(error)
-            raise
-
-    update_wrapper(watched, method)
-    return watched
 
 
 class Engine:
@@ -93,7 +70,7 @@ class Engine:
         self._pipeline_depth = pipeline_depth
         self._make_text = make_text
         self._deliver = deliver
-        self._on_fault = on_fault
+        self.on_fault = on_fault
         self._clock = clock
         self._shares = FairShare()
         self._admission = Admission(self._shares, max_queued_requests, max_queue_time)
@@ -140,21 +117,8 @@ class Engine:
 
     def load(self) -> Load:
         """How busy all groups together are now."""
-        now = self._clock()
-        schedulers = self._schedulers.values()
-        usages = [scheduler.kv.usage() for scheduler in schedulers]
-        available = sum(usage.free + usage.evictable for usage in usages)
-        blocks = sum(usage.total - 1 for usage in usages)
-        waiting_tokens = sum(scheduler.num_waiting_tokens for scheduler in schedulers)
-        return Load(
-            queued_requests=self.num_queued,
-            queued_prompt_tokens=waiting_tokens + self._homeless.num_tokens,
-            running_sequences=sum(len(scheduler.running) for scheduler in schedulers),
-            kv_utilization=1 - available / blocks if blocks else 0.0,
-            prefix_hit_ratio=self._ledger.meter.prefix_hit_ratio(now),
-            output_tokens_per_second=self._ledger.meter.output_tokens_per_second(now),
-            estimated_queue_time=min((p.backlog for p in self._pipelines.values()), default=0.0),
-        )
+        pipelines = self._pipelines.values()
+        return load_of(pipelines, self._homeless, self._ledger.meter, self._clock())
 
     def explain(self, request_id: str) -> Explanation | None:
         """Tell what happened to a request; None for one that is not remembered."""
@@ -164,11 +128,11 @@ class Engine:
             position = self._schedulers[request.worker].waiting.position(request)
         return self._ledger.explain(request_id, self._clock(), position)
 
-    @_event
+    @reports_faults
     def submit(self, request_id: str, params: GenerationParams) -> None:
         """Take a request; raise RequestError when that is impossible now, or in vain."""
         assert request_id not in self._ledger
-        self._check(params)
+        check_capable(params, self.context_limit, serving=self.is_serving)
         now = self._clock()
         request = Request(request_id, params, context_limit=self.context_limit, now=now)
         self._admission.receive(request)
@@ -183,7 +147,7 @@ class Engine:
         self._settle(request, name, now)
         self._tell(displaced, self._pump(name) if name else [])
 
-    @_event
+    @reports_faults
     def cancel(self, request_id: str) -> bool:
         """End a request with CANCELLED; False when it is not live."""
         request = self._ledger.get(request_id)
@@ -193,7 +157,7 @@ class Engine:
         self._drop([request])
         return True
 
-    @_event
+    @reports_faults
     def tick(self) -> None:
         """End the requests whose time is over. Call it at the latest when wake_at says so."""
         now = self._clock()
@@ -206,7 +170,7 @@ class Engine:
                 over.append(request)
         self._drop(over)
 
-    @_event
+    @reports_faults
     def on_ready(self, group: WorkerGroup) -> None:
         """A worker group serves from now on, with an empty cache."""
         pipeline = Pipeline(group, self._shares, self._cache, self._pipeline_depth)
@@ -224,7 +188,7 @@ class Engine:
         waiting = [request for other in self._schedulers.values() for request in other.withdraw()]
         self._place([*waiting, *self._homeless.leave()])
 
-    @_event
+    @reports_faults
     def on_result(self, group: WorkerGroup, result: StepResult) -> None:
         """A step is done: send the next before telling anyone."""
         now = self._clock()
@@ -237,7 +201,7 @@ class Engine:
                 self._admission.learn(request)
         self._deliver(outputs + started)
 
-    @_event
+    @reports_faults
     def on_lost(self, group: WorkerGroup, reason: str, *, died: bool) -> None:
         """A worker group is gone, and its cache with it: its requests go on elsewhere."""
         del self._pipelines[group.name]
@@ -250,16 +214,6 @@ class Engine:
             judge(request)
         self._place([request for request in requests if not request.finish])
         self._tell([request for request in requests if request.finish])
-
-    def _check(self, params: GenerationParams) -> None:
-        """Raise RequestError for what no worker could do now."""
-        if not self._pipelines:
-            message = "no worker serves at the moment"
-            raise RequestError(Reason.NO_WORKERS, message, retry_after=RETRY_AFTER)
-        length, limit = len(params.prompt_token_ids), self.context_limit
-        if length >= limit:
-            message = f"the prompt has {length} tokens; at most {limit - 1} fit"
-            raise RequestError(Reason.CONTEXT_TOO_LONG, message, field="generation.prompt")
 
     def _make_way(self, newcomer: Request, name: str | None, wait: float) -> list[Request]:
         """If the queue is full, its last one ends; raise RequestError if that is the newcomer."""
