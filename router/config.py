@@ -44,6 +44,11 @@ class RouterConfig(BaseModel):
     max_queued_requests: int = Field(
         default=1024, ge=1, description="Requests that may wait; more are refused."
     )
+    itl_goal: float = Field(
+        default=0.05,
+        gt=0,
+        description="Seconds between a stream's tokens that prompts should not exceed.",
+    )
     worker_timeout: float = Field(
         default=1.0, ge=0.5, description="Seconds without progress until a worker is lost."
     )

@@ -7,6 +7,7 @@ values, so that API front ends could be processes of their own and a test can dr
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from functools import update_wrapper
@@ -16,7 +17,7 @@ import structlog
 
 from mili.internal.v1.step_pb2 import StepResult
 from mili.router.errors import Reason, RequestError
-from mili.router.placement import place
+from mili.router.placement import Placement
 from mili.router.request import (
     Finish,
     Finished,
@@ -86,30 +87,35 @@ class Engine:
         pipeline_depth: int | None,
         max_queued_requests: int,
         recovery_timeout: float,
+        itl_goal: float = math.inf,
         make_text: MakeText,
         deliver: Deliver,
         on_fault: OnFault,
         clock: Clock,
     ) -> None:
-        self._model_context_limit = model_context_limit
+        self._model_context_limit = self._context_limit = model_context_limit
         self._pipeline_depth = pipeline_depth
         self._max_queued = max_queued_requests
         self._recovery_timeout = recovery_timeout
+        self._itl_goal = itl_goal
         self._make_text = make_text
         self._deliver = deliver
         self._on_fault = on_fault
         self._clock = clock
         self._groups: dict[str, WorkerGroup] = {}  # those that serve
         self._schedulers: dict[str, Scheduler] = {}  # by the same names
+        self._open: dict[str, Scheduler] = {}  # of these, those that take requests
+        # The others drain: when what runs there moves elsewhere, by the clock.
+        self._migrate_at: dict[str, float] = {}
+        self._placement = Placement()
         self._requests: dict[str, Request] = {}
         # Without a worker group, in order: their worker was lost and no other serves.
         self._homeless: OrderedDict[str, Request] = OrderedDict()
 
     @property
     def context_limit(self) -> int:
-        """Tokens of prompt and output together that every serving group can hold."""
-        limits = (scheduler.context_limit for scheduler in self._schedulers.values())
-        return min(limits, default=self._model_context_limit)
+        """Tokens of prompt and output together that every group can hold that takes requests."""
+        return self._context_limit
 
     @property
     def block_size(self) -> int:
@@ -123,7 +129,8 @@ class Engine:
 
     @property
     def is_serving(self) -> bool:
-        return bool(self._groups)
+        """Whether a group takes requests."""
+        return bool(self._open)
 
     @property
     def num_live(self) -> int:
@@ -133,6 +140,9 @@ class Engine:
     def num_queued(self) -> int:
         waiting = sum(len(scheduler.waiting) for scheduler in self._schedulers.values())
         return waiting + len(self._homeless)
+
+    def is_draining(self, group: str) -> bool:
+        return group in self._migrate_at
 
     def scheduler_of(self, group: str) -> Scheduler | None:
         """The scheduler of a group that serves: for looking, not for changing."""
@@ -145,6 +155,10 @@ class Engine:
         if not self._groups:
             raise RequestError(
                 Reason.NO_WORKERS, "no worker serves at the moment", retry_after=RETRY_AFTER
+            )
+        if not self._open:
+            raise RequestError(
+                Reason.DRAINING, "every worker that serves drains", retry_after=RETRY_AFTER
             )
         if self.num_queued >= self._max_queued:
             raise RequestError(
@@ -184,8 +198,14 @@ class Engine:
 
     @_event
     def tick(self) -> None:
-        """Give up requests that have waited for a worker for too long. Call it now and then."""
+        """Do what is due: move requests on, or give up those that have waited for a worker for too
+        long. Call it now and then.
+        """
         now = self._clock()
+        for name, at in self._migrate_at.items():
+            if now >= at and self._open:
+                self._schedulers[name].preempt_all()
+                self._move(name)
         expired = [
             request
             for request in self._homeless.values()
@@ -193,7 +213,7 @@ class Engine:
         ]
         for request in expired:
             del self._homeless[request.request_id]
-            waited = f"its worker was lost, and none took over within {self._recovery_timeout:g} s"
+            waited = f"no worker took it over from its own within {self._recovery_timeout:g} s"
             request.fail(Reason.WORKER_LOST, waited, retry_after=RETRY_AFTER)
         if expired:
             self._deliver([self._output(request) for request in expired])
@@ -203,7 +223,8 @@ class Engine:
         """A worker group serves from now on, with an empty cache."""
         limits = group.limits
         self._groups[group.name] = group
-        scheduler = self._schedulers[group.name] = Scheduler(limits)
+        scheduler = self._schedulers[group.name] = Scheduler(limits, itl_goal=self._itl_goal)
+        self._take_requests(group.name, True)
         log.info(
             "worker serves",
             worker=group.name,
@@ -212,11 +233,38 @@ class Engine:
             max_sequences=scheduler.max_running,
             tokens_per_step=limits.max_step_tokens,
         )
-        # Whoever waits elsewhere may be better off here.
-        waiting = [request for other in self._schedulers.values() for request in other.withdraw()]
-        waiting += self._homeless.values()
-        self._homeless.clear()
-        self._place(waiting)
+        # A fair part of those who wait elsewhere may be better off here.
+        others = (other for name, other in self._open.items() if name != group.name)
+        every = len(self._open)
+        waiting = [request for other in others for request in other.withdraw(every)]
+        self._place([*waiting, *self._take_homeless()])
+
+    @_event
+    def drain(self, group: str, migrate_after: float | None) -> int:
+        """Place nothing on a group any more, until undrain or until it is lost.
+
+        What waits there moves at once; what runs finishes there, or moves after `migrate_after`
+        seconds if another group takes requests then. Returns the running sequences. Raises
+        RequestError for a group that does not serve.
+        """
+        scheduler = self._served(group)
+        self._take_requests(group, False)
+        self._migrate_at[group] = math.inf
+        if migrate_after is not None:
+            self._migrate_at[group] = self._clock() + migrate_after
+        self._move(group)
+        log.info("worker drains", worker=group, running=len(scheduler.running))
+        return len(scheduler.running)
+
+    @_event
+    def undrain(self, group: str) -> None:
+        """Place requests on a group again. Raises RequestError for one that does not serve."""
+        self._served(group)
+        if self._migrate_at.pop(group, None) is not None:
+            self._take_requests(group, True)
+            log.info("worker takes requests again", worker=group)
+            self._place(self._take_homeless())
+            self._deliver(self._pump(group))
 
     @_event
     def on_result(self, group: WorkerGroup, result: StepResult) -> None:
@@ -225,11 +273,15 @@ class Engine:
         news = scheduler.update(result)
         started = self._pump(group.name)
         self._deliver([*(self._output(request, token) for request, token in news), *started])
+        if group.name in self._migrate_at:
+            self._move(group.name)
 
     @_event
     def on_lost(self, group: WorkerGroup, reason: str, *, died: bool) -> None:
         """A worker group is gone, and its cache with it: its requests go on elsewhere."""
         del self._groups[group.name]
+        self._take_requests(group.name, False)
+        self._migrate_at.pop(group.name, None)
         requests = self._schedulers.pop(group.name).evacuate(died=died)
         log.warning("worker lost", worker=group.name, reason=reason, requests=len(requests))
         now = self._clock()
@@ -251,6 +303,37 @@ class Engine:
         if failed:
             self._deliver(failed)
 
+    def _served(self, group: str) -> Scheduler:
+        scheduler = self._schedulers.get(group)
+        if scheduler is None:
+            raise RequestError(Reason.WORKER_NOT_FOUND, f"no worker group {group!r} serves")
+        return scheduler
+
+    def _take_requests(self, name: str, takes: bool) -> None:
+        """Whether requests are placed on a group, from now on."""
+        scheduler = self._schedulers[name]
+        if takes:
+            scheduler.reopen()
+            self._open[name] = scheduler
+        else:
+            scheduler.close()
+            self._open.pop(name, None)
+        limits = (each.context_limit for each in self._open.values())
+        self._context_limit = min(limits, default=self._model_context_limit)
+
+    def _take_homeless(self) -> list[Request]:
+        requests = list(self._homeless.values())
+        self._homeless.clear()
+        return requests
+
+    def _move(self, name: str) -> None:
+        """Place elsewhere what waits in a group that drains, and is in no step in flight."""
+        if requests := self._schedulers[name].withdraw():
+            now = self._clock()
+            for request in requests:
+                request.waiting_since = now
+            self._place(requests)
+
     def _place(self, requests: Sequence[Request]) -> None:
         """Give requests to worker groups, in order; what fits none waits for one.
 
@@ -261,7 +344,7 @@ class Engine:
         placed: dict[str, None] = {}
         homeless: dict[str, None] = {}
         for request in (*reversed(started), *fresh):
-            name = place(request, self._schedulers)
+            name = self._placement.place(request, self._open)
             if name is None:
                 homeless[request.request_id] = None
                 continue
@@ -269,6 +352,7 @@ class Engine:
             request.worker = name
             request.max_length = min(request.max_length, scheduler.context_limit)
             scheduler.add(request, first=request.num_admissions > 0)
+            self._placement.changed(name)
             placed[name] = None
         self._homeless |= {
             request.request_id: request for request in requests if request.request_id in homeless
@@ -280,6 +364,7 @@ class Engine:
     def _pump(self, name: str) -> list[RequestOutput]:
         """Keep the pipeline of a group full; returns what to tell the requests that started."""
         scheduler, group = self._schedulers[name], self._groups[name]
+        self._placement.changed(name)
         started: list[RequestOutput] = []
         depth = self._pipeline_depth or (DEEP if group.last_step_seconds < SHORT_STEP else SHALLOW)
         while len(scheduler.in_flight) < depth:

@@ -24,7 +24,7 @@ from mili.router.output import DetokenizedOutput
 from mili.router.request import GenerationParams, RequestOutput, TextOutput
 from mili.router.tokenizer import Tokenizer
 from mili.router.worker_link import WorkerLink
-from mili.router.workers import Workers
+from mili.router.workers import Workers, WorkerState
 
 CLEAN, CRASH, USAGE = 0, 1, 2
 TICK_SECONDS = 0.1
@@ -66,6 +66,7 @@ class Router:
             pipeline_depth=config.pipeline_depth,
             max_queued_requests=config.max_queued_requests,
             recovery_timeout=config.recovery_timeout,
+            itl_goal=config.itl_goal,
             make_text=self._make_text,
             deliver=self._deliver,
             on_fault=self._break,
@@ -149,11 +150,12 @@ class Router:
         for info in self._workers.info(now):
             scheduler = self._engine.scheduler_of(info.group)
             usage = scheduler.kv.usage() if scheduler else None
+            draining = self._engine.is_draining(info.group)
             statuses.append(
                 WorkerStatus(
                     name=info.name,
                     instance_id=info.instance,
-                    state=info.state,
+                    state=WorkerState.DRAINING if draining else info.state,
                     last_heartbeat=time.time() - info.heard_age,
                     last_step_age=info.last_step_age,
                     kv_blocks_total=usage.total if usage else 0,

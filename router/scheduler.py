@@ -21,6 +21,7 @@ What holds (each has a test):
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from typing import NamedTuple
 
@@ -28,7 +29,9 @@ from mili.internal.v1.step_pb2 import TASK_GENERATE, Admission, StepCommand, Ste
 from mili.router.errors import Reason
 from mili.router.kv_cache import KVCacheManager
 from mili.router.limits import Limits
+from mili.router.pace import Pace
 from mili.router.request import Request
+from mili.router.step_cost import StepSize, chunk_pairs
 
 # Known tokens of all admissions in one command, four bytes each: a frame has its limit, 16 MiB, and
 # so has the time that a worker may take to read it.
@@ -48,6 +51,7 @@ class Scheduled(NamedTuple):
 class StepInFlight(NamedTuple):
     step: int
     rows: list[Scheduled]
+    size: StepSize
 
 
 class _Plan:
@@ -59,6 +63,7 @@ class _Plan:
         "block_rows",
         "counts",
         "num_admitted_tokens",
+        "pairs",
         "rows",
         "scheduled",
         "starts",
@@ -67,6 +72,7 @@ class _Plan:
     def __init__(self) -> None:
         self.admissions: list[Admission] = []
         self.num_admitted_tokens = 0
+        self.pairs = 0.0
         self.block_rows: list[int] = []
         self.block_ids: list[int] = []
         self.rows: list[int] = []
@@ -77,6 +83,9 @@ class _Plan:
     def add_blocks(self, row: int, blocks: list[int]) -> None:
         self.block_rows += [row] * len(blocks)
         self.block_ids += blocks
+
+    def size(self) -> StepSize:
+        return StepSize(sum(self.counts), sum(self.starts), self.pairs)
 
     def command(self, step: int) -> StepCommand:
         return StepCommand(
@@ -91,9 +100,13 @@ class _Plan:
 
 
 class Scheduler:
-    """Continuous batching over one worker group's rows and blocks."""
+    """Continuous batching over one worker group's rows and blocks.
 
-    def __init__(self, limits: Limits) -> None:
+    itl_goal: seconds that a stream should wait for its next token at most while prompts are
+    computed beside it.
+    """
+
+    def __init__(self, limits: Limits, *, itl_goal: float = math.inf) -> None:
         self.kv = KVCacheManager(limits.num_blocks, limits.block_size)
         self.context_limit = limits.context_limit
         self.max_step_tokens = limits.max_step_tokens
@@ -105,31 +118,47 @@ class Scheduler:
         self._num_rows = limits.max_rows
         self._free_rows = list(range(limits.max_rows - 1, 0, -1))
         # Known tokens of all requests that wait.
-        self._num_waiting_tokens = 0
+        self.num_waiting_tokens = 0
+        self.pace = Pace(itl_goal)
+        self._most_running = self.max_running
         self._steps = 0
         self._admissions = 0
 
     @property
     def num_uncomputed(self) -> int:
         """Known tokens, of all requests, that no step has been asked to compute."""
-        running = (len(each.token_ids) - each.num_computed for each in self.running.values())
-        return self._num_waiting_tokens + sum(running)
+        return self.num_waiting_tokens + self.pace.num_known - self.pace.num_computed
 
     def add(self, request: Request, *, first: bool = False) -> None:
         """Queue a request behind those that wait already, or before them."""
         assert request.finish is None and request.request_id not in self.running
         assert request.max_length <= self.context_limit
         self.waiting[request.request_id] = request
-        self._num_waiting_tokens += len(request.token_ids)
+        self.num_waiting_tokens += len(request.token_ids)
         if first:
             self.waiting.move_to_end(request.request_id, last=False)
 
-    def withdraw(self) -> list[Request]:
-        """Give up the requests that have not started, in order: none of them is in flight."""
-        requests = [request for request in self.waiting.values() if not request.num_admissions]
+    def withdraw(self, every: int = 1) -> list[Request]:
+        """Give up every n-th of the waiting requests that no step in flight computes, in order."""
+        busy = {row.request.request_id for step in self.in_flight for row in step.rows}
+        movable = [request for request in self.waiting.values() if request.request_id not in busy]
+        requests = movable[every - 1 :: every]
         for request in requests:
             self._stop_waiting(request)
         return requests
+
+    def close(self) -> None:
+        """Admit nobody any more; who runs goes on."""
+        self.max_running = 0
+
+    def reopen(self) -> None:
+        """Undo close."""
+        self.max_running = self._most_running
+
+    def preempt_all(self) -> None:
+        """Have all that run wait: they can be withdrawn when no step in flight computes them."""
+        for request in reversed(list(self.running.values())):
+            self._preempt(request)
 
     def abort(self, request: Request) -> None:
         """Forget a request that has ended; its row and blocks are free at once."""
@@ -143,17 +172,22 @@ class Scheduler:
         """The next step, or None when there is nothing to compute now."""
         plan = _Plan()
         budget = self.max_step_tokens
+        self.pace.judge(len(self.running))
+        seconds = self.pace.prompt_seconds
         for request in list(self.running.values()):
             count = min(request.num_schedulable, budget)
+            if count > 1:
+                count, seconds = self._chunk(request, count, seconds, plan)
             if count > 0 and request.row and self._make_room(request, count, plan):
                 budget -= self._compute(request, count, plan)
-        while budget > 0 and (admitted := self._admit(plan)):
+        while budget > 0 and seconds > 0 and (admitted := self._admit(plan)):
             count = min(admitted.num_schedulable, budget)
+            count, seconds = self._chunk(admitted, count, seconds, plan)
             budget -= self._compute(admitted, count, plan)
         if not plan.rows:
             return None
         self._steps += 1
-        self.in_flight.append(StepInFlight(self._steps, plan.scheduled))
+        self.in_flight.append(StepInFlight(self._steps, plan.scheduled, plan.size()))
         return plan.command(self._steps)
 
     def update(self, result: StepResult) -> list[tuple[Request, int | None]]:
@@ -164,6 +198,7 @@ class Scheduler:
         """
         step = self.in_flight.popleft()
         assert result.step == step.step, (result.step, step.step)
+        self.pace.cost.measured(step.size, result.device_microseconds / 1e6)
         faulty = {fault.index for fault in result.faults}
         news: list[tuple[Request, int | None]] = []
         tokens = iter(result.token_ids)
@@ -197,12 +232,22 @@ class Scheduler:
         self.kv.check()
         rows = [request.row for request in self.running.values()]
         assert sorted(rows + self._free_rows) == list(range(1, self._num_rows))
-        assert len(self.running) <= self.max_running
+        assert len(self.running) <= self._most_running
         for request in (*self.running.values(), *self.waiting.values()):
             assert request.finish is None and request.num_pending >= 0
         assert not any(request.row or request.admission for request in self.waiting.values())
         waiting = sum(len(request.token_ids) for request in self.waiting.values())
-        assert waiting == self._num_waiting_tokens
+        assert waiting == self.num_waiting_tokens
+        self.pace.check(list(self.running.values()))
+
+    def _chunk(
+        self, request: Request, count: int, seconds: float, plan: _Plan
+    ) -> tuple[int, float]:
+        """As much of a prompt as the streams in the step may wait for; and the seconds left."""
+        start = request.num_computed
+        count, seconds = self.pace.chunk(seconds, start, count)
+        plan.pairs += chunk_pairs(start, count)
+        return count, seconds
 
     def _make_room(self, request: Request, count: int, plan: _Plan) -> bool:
         """Grow the request's blocks, preempting the youngest; False when it was itself that."""
@@ -228,6 +273,7 @@ class Scheduler:
             return None
         self._stop_waiting(request)
         self.running[request.request_id] = request
+        self.pace.admitted(request)
         self._admissions += 1
         request.admission = self._admissions
         request.row = self._free_rows.pop()
@@ -254,6 +300,9 @@ class Scheduler:
         request.num_computed = end = start + count
         samples = end == len(request.token_ids) + request.num_pending
         request.num_pending += samples
+        self.pace.num_computed += count
+        if not samples:
+            self.pace.interrupted(request)
         plan.rows.append(request.row)
         plan.starts.append(start)
         plan.counts.append(count)
@@ -268,11 +317,15 @@ class Scheduler:
         elif token is not None:
             assert row.samples
             request.accept(token)
-            self._num_waiting_tokens += request.request_id in self.waiting
+            if request.row:
+                self.pace.num_known += 1
+            else:
+                self.num_waiting_tokens += 1
         if request.admission == row.admission and not faulty:
             self.kv.publish(request, row.num_computed)
             request.peak_computed = max(request.peak_computed, row.num_computed)
         if request.finish is not None:
+            self.pace.ended(request)
             self.abort(request)
 
     def _preempt(self, request: Request) -> None:
@@ -284,6 +337,7 @@ class Scheduler:
 
     def _leave(self, request: Request) -> None:
         del self.running[request.request_id]
+        self.pace.left(request)
         self.kv.release(request)
         self._free_rows.append(request.row)
 
@@ -295,7 +349,7 @@ class Scheduler:
 
     def _stop_waiting(self, request: Request) -> None:
         del self.waiting[request.request_id]
-        self._num_waiting_tokens -= len(request.token_ids)
+        self.num_waiting_tokens -= len(request.token_ids)
 
     def _count_death(self) -> None:
         executing = {
