@@ -25,6 +25,7 @@ WITHOUT_FLAG = frozenset(
     {
         "admin_host",
         "drain_timeout",
+        "enforce_eager",
         "health_port",
         "kv_cache_memory_bytes",
         "kv_cache_memory_fraction",

@@ -237,6 +237,7 @@ class Engine:
         others = (other for name, other in self._open.items() if name != group.name)
         every = len(self._open)
         waiting = [request for other in others for request in other.withdraw(every)]
+        waiting.sort(key=lambda request: request.submitted_at)
         self._place([*waiting, *self._take_homeless()])
 
     @_event

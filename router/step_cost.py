@@ -19,7 +19,7 @@ from typing import NamedTuple
 # count, of a model of a few billion parameters on a GPU.
 FIRST_COSTS = (20e-6, 5e-3, 0.0, 0.0)
 # What a step still counts after one more of its size.
-DECAY = 0.98
+DECAY = 0.95
 # The margin over the expectation follows this quantile of what is measured, in steps of RATE.
 QUANTILE = 0.95
 RATE = 0.02

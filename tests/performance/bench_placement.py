@@ -3,7 +3,8 @@
 Engine, placement and schedulers run for real, without gRPC and without text; the groups are on a
 virtual clock and compute as Qwen3-8B on an H100 would. Every request that ends is replaced by
 another, so that the number of live ones stays the same: a tenth of each prompt is a system prompt
-that many share. CPU is the thread's own time in calls of the engine, after a warm-up.
+that many share. CPU is the thread's own time in calls of the engine, after a warm-up. As a control,
+as many groups with an engine each: what those cost more than one, the machine's caches cost.
 
     python -m tests.performance.bench_placement [--svg FILE] [--seconds 6]
 """
@@ -27,67 +28,95 @@ LIVE_PER_GROUP = 157  # 64 groups: 10,048
 PROMPT_TOKENS, OUTPUT_TOKENS = 480, 128
 SHARED_TOKENS, SYSTEM_PROMPTS = 48, 100
 GOAL = 0.05
+SLICE = 0.01  # virtual seconds of a turn, about a step
 # Of item 6: what the way of a token through gRPC and text may cost beside this.
 STREAM_MICROSECONDS = 15.0
 
 
 class Measured(NamedTuple):
-    groups: int
+    engines: int
+    groups: int  # of all engines
     waiting: int
     live: int
     token_microseconds: float
     submit_microseconds: float
     group_tokens_per_second: float  # virtual: what one group generates
-    hit_ratio: float
 
 
-def run(groups: int, live: int, rows: int, seconds: float) -> Measured:
-    """Keep so many requests live on so many groups for so many virtual seconds, thrice."""
-    cluster = VirtualCluster(itl_goal=GOAL, gaps=False)
-    rng = cluster.rng
-    for number in range(groups):
-        cluster.join(f"group-{number:02}", rows=rows + 1, kv_tokens=max(rows * 1000, 100_000))
-    submitted = 0
+class Bench:
+    """One engine that always has so many requests."""
 
-    def submit(output: int) -> None:
-        nonlocal submitted
-        submitted += 1
+    def __init__(self, groups: int, live: int, rows: int) -> None:
+        self.submitted = self._before = 0
+        self.cluster = VirtualCluster(itl_goal=GOAL, gaps=False)
+        for number in range(groups):
+            name = f"group-{number:02}"
+            self.cluster.join(name, rows=rows + 1, kv_tokens=max(rows * 1000, 100_000))
+        self.cluster.on_end = lambda name: self.submit()
+        for _ in range(live):
+            self.submit()
+
+    def submit(self) -> None:
+        self.submitted += 1
+        rng = self.cluster.rng
         prompt = [rng.randrange(SYSTEM_PROMPTS)] * SHARED_TOKENS
         prompt += [rng.randrange(1000) for _ in range(16)]
-        cluster.submit(f"r{submitted}", [*prompt, *[1] * (PROMPT_TOKENS - 16)], output)
+        prompt += [1] * (PROMPT_TOKENS - len(prompt))
+        self.cluster.submit(f"r{self.submitted}", prompt, rng.randrange(1, 2 * OUTPUT_TOKENS))
 
-    cluster.on_end = lambda name: submit(rng.randrange(1, 2 * OUTPUT_TOKENS))
-    for _ in range(live):
-        submit(rng.randrange(1, 2 * OUTPUT_TOKENS))
+    @property
+    def counted(self) -> int:
+        """Requests submitted since forget."""
+        return self.submitted - self._before
+
+    def forget(self) -> None:
+        """Count from here."""
+        self._before, self.cluster.num_tokens = self.submitted, 0
+        self.cluster.cpu_seconds = self.cluster.submit_seconds = 0.0
+        self.cluster.ended.clear()
+
+
+def run(groups: int, live: int, rows: int, seconds: float, engines: int = 1) -> Measured:
+    """Keep so many requests live on so many groups for so many virtual seconds, thrice.
+
+    With several engines, each has so many, and they take turns.
+    """
+    benches = [Bench(groups, live, rows) for _ in range(engines)]
     gc.collect()
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLD)  # as the router does
-    cluster.run(seconds)  # until what was submitted at once is spread out
+    _advance(benches, seconds)  # until what was submitted at once is spread out
     found: list[Measured] = []
     for _ in range(3):
-        cluster.cpu_seconds = cluster.submit_seconds = 0.0
-        tokens, before, started = cluster.num_tokens, submitted, cluster.now
-        cluster.ended.clear()
-        cluster.run(seconds)
-        generated = cluster.num_tokens - tokens
-        cached = sum(told.cached_tokens for told in cluster.ended)
+        for bench in benches:
+            bench.forget()
+        _advance(benches, seconds)
+        clusters = [bench.cluster for bench in benches]
+        tokens = sum(cluster.num_tokens for cluster in clusters)
+        submits = sum(cluster.submit_seconds for cluster in clusters)
         found.append(
             Measured(
-                groups=groups,
-                waiting=cluster.engine.num_queued,
-                live=cluster.engine.num_live,
-                token_microseconds=1e6 * cluster.cpu_seconds / generated,
-                submit_microseconds=1e6 * cluster.submit_seconds / (submitted - before),
-                group_tokens_per_second=generated / (cluster.now - started) / groups,
-                hit_ratio=cached / sum(told.num_prompt_tokens for told in cluster.ended),
+                engines=engines,
+                groups=engines * groups,
+                waiting=sum(cluster.engine.num_queued for cluster in clusters),
+                live=sum(cluster.engine.num_live for cluster in clusters),
+                token_microseconds=1e6 * sum(each.cpu_seconds for each in clusters) / tokens,
+                submit_microseconds=1e6 * submits / sum(bench.counted for bench in benches),
+                group_tokens_per_second=tokens / seconds / engines / groups,
             )
         )
     gc.unfreeze()
     return sorted(found, key=lambda each: each.token_microseconds)[1]
 
 
+def _advance(benches: Sequence[Bench], seconds: float) -> None:
+    for _ in range(round(seconds / SLICE)):
+        for bench in benches:
+            bench.cluster.run(SLICE)
+
+
 def show(title: str, rows: Sequence[Measured]) -> None:
-    table = Table("groups", "live", "waiting", title=title)
+    table = Table("groups", "engines", "live", "waiting", title=title)
     for column in ("us/token", "of it submit, us/request", "tokens/s a group", "groups a core"):
         table.add_column(column, justify="right")
     table.add_column(f"with {STREAM_MICROSECONDS:.0f} us for the stream", justify="right")
@@ -96,6 +125,7 @@ def show(title: str, rows: Sequence[Measured]) -> None:
         both = 1e6 / (row.token_microseconds + STREAM_MICROSECONDS) / row.group_tokens_per_second
         table.add_row(
             str(row.groups),
+            str(row.engines),
             str(row.live),
             str(row.waiting),
             f"{row.token_microseconds:.2f}",
@@ -114,7 +144,8 @@ def main() -> None:
     arguments = parser.parse_args()
     seconds: float = arguments.seconds
     by_groups = [run(n, n * LIVE_PER_GROUP, 256, seconds) for n in (1, 4, 16, 64)]
-    show(f"{LIVE_PER_GROUP} live requests a group", by_groups)
+    apart = [run(1, LIVE_PER_GROUP, 256, seconds, engines=n) for n in (16, 64)]
+    show(f"{LIVE_PER_GROUP} live requests a group", [*by_groups, *apart])
     by_waiting = [run(4, n + 4 * 64, 64, seconds) for n in (100, 1_000, 10_000)]
     show("4 groups of 64 rows, and a queue", by_waiting)
     if arguments.svg:
