@@ -28,6 +28,7 @@ WITHOUT_FLAG = frozenset(
         "cache_token_limit",
         "drain_timeout",
         "eviction_policy",
+        "enforce_eager",
         "health_port",
         "kv_cache_memory_bytes",
         "kv_cache_memory_fraction",

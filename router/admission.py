@@ -11,8 +11,7 @@ import math
 from mili.router.errors import Reason, RequestError
 from mili.router.fair_share import OUTPUT_TOKEN_COST, PROMPT_TOKEN_COST, FairShare
 from mili.router.meter import DecayingSum
-from mili.router.recovery import RETRY_AFTER
-from mili.router.request import FinishReason, GenerationParams, Request
+from mili.router.request import FinishReason, Request
 from mili.router.scheduler import Scheduler
 
 # Seconds of service without which nothing is known.
@@ -50,17 +49,6 @@ class ServiceRate:
             if seconds >= LEAST_SERVICE:
                 self.per_second = self._work.value(now) / seconds
         self._since = now
-
-
-def check_capable(params: GenerationParams, context_limit: int, *, serving: bool) -> None:
-    """Raise RequestError for what no worker could do now."""
-    if not serving:
-        message = "no worker serves at the moment"
-        raise RequestError(Reason.NO_WORKERS, message, retry_after=RETRY_AFTER)
-    length = len(params.prompt_token_ids)
-    if length >= context_limit:
-        message = f"the prompt has {length} tokens; at most {context_limit - 1} fit"
-        raise RequestError(Reason.CONTEXT_TOO_LONG, message, field="generation.prompt")
 
 
 class Admission:

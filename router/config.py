@@ -70,6 +70,11 @@ class RouterConfig(BaseModel):
         ge=256,
         description="Tokens that may wait for the reader of a stream; with more it is ended.",
     )
+    itl_goal: float = Field(
+        default=0.05,
+        gt=0,
+        description="Seconds between a stream's tokens that prompts should not exceed.",
+    )
     worker_timeout: float = Field(
         default=1.0, ge=0.5, description="Seconds without progress until a worker is lost."
     )

@@ -13,16 +13,16 @@ from collections.abc import Callable, Sequence
 import structlog
 
 from mili.internal.v1.step_pb2 import StepResult
-from mili.router.admission import Admission, check_capable
+from mili.router.admission import Admission
 from mili.router.deadlines import Deadlines, end_if_over, times_of
 from mili.router.fair_share import FairShare
 from mili.router.faults import OnFault, reports_faults
-from mili.router.introspection import Explanation, Load
+from mili.router.fleet import Fleet
+from mili.router.introspection import Explanation, Load, Pinned
 from mili.router.kv_cache import DEFAULT_CACHE, CacheSettings
 from mili.router.ledger import Ledger
 from mili.router.load import load_of
 from mili.router.pipeline import Pipeline
-from mili.router.placement import place
 from mili.router.recovery import Homeless, judge
 from mili.router.request import (
     Finish,
@@ -48,7 +48,7 @@ class Engine:
     clock: monotonic seconds. deliver: gets the outputs of a step; exactly one output of a request
     has `finished`, and its id is free from then on. on_fault: the engine is broken and must not be
     used any more. wake_at: hears by when, in the clock's seconds, tick() should be called next.
-    max_queue_time: seconds that a request waits which does not say.
+    max_queue_time: seconds that a request waits which does not say. itl_goal: as Scheduler has it.
     """
 
     def __init__(
@@ -63,44 +63,44 @@ class Engine:
         on_fault: OnFault,
         clock: Clock,
         max_queue_time: float = math.inf,
+        itl_goal: float = math.inf,
         wake_at: Callable[[float], None] = lambda due: None,
         cache: CacheSettings = DEFAULT_CACHE,
     ) -> None:
-        self._model_context_limit = model_context_limit
         self._pipeline_depth = pipeline_depth
+        self._itl_goal = itl_goal
         self._make_text = make_text
         self._deliver = deliver
         self.on_fault = on_fault
         self._clock = clock
+        self._cache = cache
         self._shares = FairShare()
         self._admission = Admission(self._shares, max_queued_requests, max_queue_time)
         self._deadlines = Deadlines(wake_at)
         self._homeless = Homeless(recovery_timeout)
         self._ledger = Ledger()
-        self._pipelines: dict[str, Pipeline] = {}  # of the groups that serve
-        self._cache = cache
-        self._schedulers: dict[str, Scheduler] = {}  # by the same names
+        self._fleet = Fleet(model_context_limit)
 
     @property
     def context_limit(self) -> int:
-        """Tokens of prompt and output together that every serving group can hold."""
-        limits = (scheduler.context_limit for scheduler in self._schedulers.values())
-        return min(limits, default=self._model_context_limit)
+        """Tokens of prompt and output together that every group that takes requests can hold."""
+        return self._fleet.context_limit
 
     @property
     def block_size(self) -> int:
         """Tokens in a KV block; 0 while no worker serves."""
-        return next((scheduler.kv.block_size for scheduler in self._schedulers.values()), 0)
+        return next((scheduler.kv.block_size for scheduler in self._fleet.schedulers), 0)
 
     @property
     def weights_sha256(self) -> bytes:
         """The same for every worker; empty while none serves."""
-        groups = (pipeline.group for pipeline in self._pipelines.values())
+        groups = (pipeline.group for pipeline in self._fleet.pipelines.values())
         return next((group.weights_sha256 for group in groups), b"")
 
     @property
     def is_serving(self) -> bool:
-        return bool(self._pipelines)
+        """Whether a group takes requests."""
+        return self._fleet.takes_requests
 
     @property
     def num_live(self) -> int:
@@ -108,16 +108,19 @@ class Engine:
 
     @property
     def num_queued(self) -> int:
-        waiting = sum(len(scheduler.waiting) for scheduler in self._schedulers.values())
-        return waiting + len(self._homeless)
+        return self._fleet.num_waiting + len(self._homeless)
+
+    def is_draining(self, group: str) -> bool:
+        return self._fleet.is_draining(group)
 
     def scheduler_of(self, group: str) -> Scheduler | None:
         """The scheduler of a group that serves: for looking, not for changing."""
-        return self._schedulers.get(group)
+        pipeline = self._fleet.pipelines.get(group)
+        return pipeline.scheduler if pipeline else None
 
     def load(self) -> Load:
         """How busy all groups together are now."""
-        pipelines = self._pipelines.values()
+        pipelines = self._fleet.pipelines.values()
         return load_of(pipelines, self._homeless, self._ledger.meter, self._clock())
 
     def explain(self, request_id: str) -> Explanation | None:
@@ -125,19 +128,19 @@ class Engine:
         request = self._ledger.get(request_id)
         position = 0
         if request and not request.row and request not in self._homeless:
-            position = self._schedulers[request.worker].waiting.position(request)
+            position = self._fleet.scheduler(request.worker).waiting.position(request)
         return self._ledger.explain(request_id, self._clock(), position)
 
     @reports_faults
     def submit(self, request_id: str, params: GenerationParams) -> None:
         """Take a request; raise RequestError when that is impossible now, or in vain."""
         assert request_id not in self._ledger
-        check_capable(params, self.context_limit, serving=self.is_serving)
+        self._fleet.check_capable(params)
         now = self._clock()
         request = Request(request_id, params, context_limit=self.context_limit, now=now)
         self._admission.receive(request)
-        name = place(request, self._schedulers)
-        wait = self._pipelines[name].estimated_wait(request) if name else 0.0
+        name = self._fleet.place(request)
+        wait = self._fleet.pipelines[name].estimated_wait(request) if name else 0.0
         self._admission.check(request, wait)
         displaced = self._make_way(request, name, wait)
         request.text = self._make_text(params)
@@ -159,7 +162,9 @@ class Engine:
 
     @reports_faults
     def tick(self) -> None:
-        """End the requests whose time is over. Call it at the latest when wake_at says so."""
+        """Do what is due: end requests, move them, let pins go. Call it when wake_at says so, and
+        ten times a second in any case.
+        """
         now = self._clock()
         over: list[Request] = []
         for request in self._deadlines.due(now):
@@ -169,30 +174,67 @@ class Engine:
             if request.finish:
                 over.append(request)
         self._drop(over)
+        self._fleet.expire_pins(now)
+        for name in self._fleet.migrate(now):
+            self._move(name)
+
+    @reports_faults
+    def drain(self, group: str, migrate_after: float | None) -> int:
+        """Place nothing on a group any more, until undrain or until it is lost.
+
+        What waits there moves at once; what runs finishes there, or moves after `migrate_after`
+        seconds if another group takes requests then. Returns the running sequences. Raises
+        RequestError for a group that does not serve.
+        """
+        after = math.inf if migrate_after is None else migrate_after
+        running = len(self._fleet.drain(group, self._clock() + after).running)
+        self._move(group)
+        log.info("worker drains", worker=group, running=running)
+        return running
+
+    @reports_faults
+    def undrain(self, group: str) -> None:
+        """Place requests on a group again. Raises RequestError for one that does not serve."""
+        if self._fleet.undrain(group):
+            log.info("worker takes requests again", worker=group)
+            self._place(self._homeless.leave())
+            self._tell([], self._pump(group))
+
+    @reports_faults
+    def pin(self, namespace: bytes, token_ids: Sequence[int], seconds: float) -> Pinned:
+        """Keep what is cached of a prefix for a time, where most of it is."""
+        return self._fleet.pin(namespace, token_ids, self._clock() + seconds)
+
+    @reports_faults
+    def unpin(self, pin_id: str) -> None:
+        """Release a prefix. Raises RequestError (PIN_NOT_FOUND)."""
+        self._fleet.unpin(pin_id)
+
+    @reports_faults
+    def flush(self, tenant_prefix: bytes | None) -> int:
+        """Forget what nobody holds of a tenant's prefixes, of all for None; returns the blocks."""
+        return self._fleet.flush(tenant_prefix)
 
     @reports_faults
     def on_ready(self, group: WorkerGroup) -> None:
         """A worker group serves from now on, with an empty cache."""
-        pipeline = Pipeline(group, self._shares, self._cache, self._pipeline_depth)
-        self._pipelines[group.name] = pipeline
-        self._schedulers[group.name] = pipeline.scheduler
+        scheduler = Scheduler(group.limits, self._shares, self._cache, self._itl_goal)
         log.info(
             "worker serves",
             worker=group.name,
             kv_tokens=(group.limits.num_blocks - 1) * group.limits.block_size,
-            context_limit=pipeline.scheduler.context_limit,
-            max_sequences=pipeline.scheduler.max_running,
+            context_limit=scheduler.context_limit,
+            max_sequences=scheduler.max_running,
             tokens_per_step=group.limits.max_step_tokens,
         )
-        # Whoever waits elsewhere may be better off here.
-        waiting = [request for other in self._schedulers.values() for request in other.withdraw()]
+        waiting = self._fleet.join(Pipeline(group, scheduler, self._pipeline_depth))
         self._place([*waiting, *self._homeless.leave()])
 
     @reports_faults
     def on_result(self, group: WorkerGroup, result: StepResult) -> None:
         """A step is done: send the next before telling anyone."""
         now = self._clock()
-        news = self._pipelines[group.name].take(result, now)
+        news = self._fleet.pipelines[group.name].take(result, now)
         started = self._pump(group.name)
         self._ledger.meter.output(len(result.token_ids), now)
         outputs = [self._ledger.output(request, token, now) for request, token in news]
@@ -200,12 +242,13 @@ class Engine:
             if request.finish:
                 self._admission.learn(request)
         self._deliver(outputs + started)
+        if self._fleet.is_draining(group.name):
+            self._move(group.name)
 
     @reports_faults
     def on_lost(self, group: WorkerGroup, reason: str, *, died: bool) -> None:
         """A worker group is gone, and its cache with it: its requests go on elsewhere."""
-        del self._pipelines[group.name]
-        requests = self._schedulers.pop(group.name).evacuate(died=died)
+        requests = self._fleet.lose(group.name, died=died)
         log.warning("worker lost", worker=group.name, reason=reason, requests=len(requests))
         now = self._clock()
         for request in requests:
@@ -219,12 +262,12 @@ class Engine:
         """If the queue is full, its last one ends; raise RequestError if that is the newcomer."""
         if self.num_queued < self._admission.max_queued:
             return []
-        last = self._schedulers[name].waiting.last(newcomer) if name else newcomer
+        last = self._fleet.scheduler(name).waiting.last(newcomer) if name else newcomer
         error = self._admission.queue_full(wait)
         if last is newcomer:
             raise error
         last.end(Finish(FinishReason.ERROR, error=error))
-        self._schedulers[last.worker].abort(last)
+        self._fleet.scheduler(last.worker).abort(last)
         return [last]
 
     def _drop(self, ended: Sequence[Request]) -> None:
@@ -234,10 +277,19 @@ class Engine:
             if request in self._homeless:
                 self._homeless.remove(request)
             else:
-                self._schedulers[request.worker].abort(request)
+                self._fleet.scheduler(request.worker).abort(request)
                 names[request.worker] = None
         started = [output for name in names for output in self._pump(name)]
         self._tell(ended, started)
+
+    def _move(self, name: str) -> None:
+        """Place elsewhere what a group that drains can let go."""
+        requests = self._fleet.leaving(name)
+        now = self._clock()
+        for request in requests:
+            request.waiting_since = now
+        if requests:
+            self._place(requests)
 
     def _place(self, requests: Sequence[Request]) -> None:
         """Give requests to worker groups; what fits none waits for one.
@@ -247,7 +299,7 @@ class Engine:
         now = self._clock()
         names: dict[str, None] = {}
         for request in sorted(requests, key=lambda each: (not each.num_admissions, each.arrival)):
-            name = place(request, self._schedulers)
+            name = self._fleet.place(request)
             self._settle(request, name, now)
             if name is not None:
                 names[name] = None
@@ -258,16 +310,18 @@ class Engine:
         if name is None:
             self._deadlines.watch(request, self._homeless.add(request))
             return
-        scheduler = self._schedulers[name]
+        scheduler = self._fleet.scheduler(name)
         request.worker = name
         request.max_length = min(request.max_length, scheduler.context_limit)
         scheduler.add(request)
+        self._fleet.changed(name)
         self._ledger.note(request, now, "placed", name)
 
     def _pump(self, name: str) -> list[RequestOutput]:
         """Keep the pipeline of a group full; returns what to tell the requests that started."""
         now = self._clock()
-        admitted, preempted = self._pipelines[name].fill(now)
+        self._fleet.changed(name)
+        admitted, preempted = self._fleet.pipelines[name].fill(now)
         for request in preempted:
             self._ledger.note(request, now, "preempted", name)
         return [self._ledger.started(each, now) for each in admitted if each.admitted_at is None]

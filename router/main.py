@@ -26,7 +26,7 @@ from mili.router.request import GenerationParams, RequestOutput, TextOutput
 from mili.router.tenants import Tenants
 from mili.router.tokenizer import Tokenizer
 from mili.router.worker_link import WorkerLink
-from mili.router.workers import Workers
+from mili.router.workers import Workers, WorkerState
 
 CLEAN, CRASH, USAGE = 0, 1, 2
 TICK_SECONDS = 0.1
@@ -74,10 +74,9 @@ class Router:
             on_fault=self._break,
             clock=time.monotonic,
             max_queue_time=config.max_queue_time,
+            itl_goal=config.itl_goal,
             wake_at=self._wake_at,
-            cache=CacheSettings(
-                config.allocation, config.eviction_policy, config.cache_token_limit
-            ),
+            cache=_cache_settings(config, tenants),
         )
         self._workers = Workers(
             self._engine, interface_sha256=interface, worker_timeout=config.worker_timeout
@@ -166,11 +165,12 @@ class Router:
         for info in self._workers.info(now):
             scheduler = self._engine.scheduler_of(info.group)
             usage = scheduler.kv.usage() if scheduler else None
+            draining = self._engine.is_draining(info.group)
             statuses.append(
                 WorkerStatus(
                     name=info.name,
                     instance_id=info.instance,
-                    state=info.state,
+                    state=WorkerState.DRAINING if draining else info.state,
                     last_heartbeat=time.time() - info.heard_age,
                     last_step_age=info.last_step_age,
                     kv_blocks_total=usage.total if usage else 0,
@@ -185,6 +185,19 @@ class Router:
                 )
             )
         return statuses
+
+
+def _cache_settings(config: RouterConfig, tenants: Tenants) -> CacheSettings:
+    """Raises ValueError where a tenant has a limit that nothing would keep."""
+    limits = tenants.cached_tokens
+    if limits and config.eviction_policy != "token-limit":
+        raise ValueError(
+            f"{config.tenants}: cached_tokens works with eviction_policy token-limit only, and"
+            f" it is {config.eviction_policy}"
+        )
+    return CacheSettings(
+        config.allocation, config.eviction_policy, config.cache_token_limit, limits
+    )
 
 
 @contextmanager

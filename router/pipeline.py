@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from mili.internal.v1.step_pb2 import StepResult
 from mili.router.admission import ServiceRate, estimated_wait
-from mili.router.fair_share import FairShare
-from mili.router.kv_cache import CacheSettings
 from mili.router.request import Request
 from mili.router.scheduler import Scheduler
 from mili.router.worker_group import WorkerGroup
@@ -26,11 +24,9 @@ class Pipeline:
     depth: commands in flight; None for what the length of the steps asks for.
     """
 
-    def __init__(
-        self, group: WorkerGroup, shares: FairShare, cache: CacheSettings, depth: int | None
-    ) -> None:
+    def __init__(self, group: WorkerGroup, scheduler: Scheduler, depth: int | None) -> None:
         self.group = group
-        self.scheduler = Scheduler(group.limits, shares, cache)
+        self.scheduler = scheduler
         self._rate = ServiceRate()
         self._depth = depth
         # More waited than the last step could begin with.
@@ -59,7 +55,7 @@ class Pipeline:
 
     def take(self, result: StepResult, now: float) -> list[tuple[Request, int | None]]:
         """The oldest step in flight is done: what came of it, as Scheduler.update says."""
-        work = self.scheduler.in_flight[0].num_tokens + len(result.token_ids)
+        work = self.scheduler.in_flight[0].size.tokens + len(result.token_ids)
         news = self.scheduler.update(result)
         self._rate.step_done(work, self._busy, now)
         return news

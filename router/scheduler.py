@@ -21,6 +21,7 @@ What holds (each has a test):
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 from mili.internal.v1.step_pb2 import TASK_GENERATE, Admission, StepCommand, StepResult
@@ -28,8 +29,10 @@ from mili.router.errors import Reason
 from mili.router.fair_share import FairShare
 from mili.router.kv_cache import DEFAULT_CACHE, CacheSettings, KVCacheManager
 from mili.router.limits import Limits
+from mili.router.pace import Pace
 from mili.router.queue import Key, Line, WaitingQueue
 from mili.router.request import Request
+from mili.router.step_cost import chunk_pairs
 from mili.router.step_plan import Scheduled, StepInFlight, StepPlan
 
 # Known tokens of all admissions in one command, four bytes each: a frame has its limit, 16 MiB, and
@@ -38,15 +41,19 @@ MAX_ADMITTED_TOKENS = 1 << 20
 
 
 class Scheduler:
-    """Continuous batching over one worker group's rows and blocks."""
+    """Continuous batching over one worker group's rows and blocks.
+
+    shares: what each tenant has had, of all worker groups together. itl_goal: seconds that a stream
+    should wait for its next token at most while prompts are computed beside it.
+    """
 
     def __init__(
         self,
         limits: Limits,
         shares: FairShare | None = None,
         cache: CacheSettings = DEFAULT_CACHE,
+        itl_goal: float = math.inf,
     ) -> None:
-        """shares: what each tenant has had, of all worker groups together."""
         self._shares = shares if shares is not None else FairShare()
         longest = -(-limits.context_limit // limits.block_size)  # blocks; pins leave that many
         self.kv = KVCacheManager(
@@ -68,14 +75,15 @@ class Scheduler:
         self._free_rows = list(range(limits.max_rows - 1, 0, -1))
         # Known tokens of all requests that wait.
         self.num_waiting_tokens = 0
+        self.pace = Pace(itl_goal)
+        self._most_running = self.max_running
         self._steps = 0
         self._admissions = 0
 
     @property
     def num_uncomputed(self) -> int:
         """Known tokens, of all requests, that no step has been asked to compute."""
-        running = (len(each.token_ids) - each.num_computed for each in self.running.values())
-        return self.num_waiting_tokens + sum(running)
+        return self.num_waiting_tokens + self.pace.num_known - self.pace.num_computed
 
     def has_room_for(self, request: Request) -> bool:
         """Whether it would run without waiting for another to end."""
@@ -92,12 +100,27 @@ class Scheduler:
         self.waiting.add(request)
         self.num_waiting_tokens += len(request.token_ids)
 
-    def withdraw(self) -> list[Request]:
-        """Give up the requests that have not started, in order: none of them is in flight."""
-        requests = [request for request in self.waiting.values() if not request.num_admissions]
+    def withdraw(self, every: int = 1) -> list[Request]:
+        """Give up every n-th of the waiting requests that no step in flight computes, in order."""
+        busy = {row.request.request_id for step in self.in_flight for row in step.rows}
+        movable = [request for request in self.waiting.values() if request.request_id not in busy]
+        requests = movable[every - 1 :: every]
         for request in requests:
             self._stop_waiting(request)
         return requests
+
+    def close(self) -> None:
+        """Admit nobody any more; who runs goes on."""
+        self.max_running = 0
+
+    def reopen(self) -> None:
+        """Undo close."""
+        self.max_running = self._most_running
+
+    def preempt_all(self) -> None:
+        """Have all that run wait: they can be withdrawn when no step in flight computes them."""
+        for request in reversed(list(self.running.values())):
+            self._preempt(request)
 
     def abort(self, request: Request) -> None:
         """Forget a request that has ended; its row and blocks are free at once."""
@@ -113,21 +136,24 @@ class Scheduler:
         self.preempted = []
         budget = self.max_step_tokens
         to_come = len(self.running)
+        self.pace.judge(to_come)
+        seconds = self.pace.prompt_seconds
         for request in self.running.values():
             # A prompt leaves a token for each of those behind it.
             to_come -= 1
             count = min(request.num_schedulable, budget - to_come)
+            if count > 1:
+                count, seconds = self._chunk(request, count, seconds, plan)
             if count > 0 and request.row and self._make_room(request, count, plan):
                 budget -= self._compute(request, count, plan)
-        while budget > 0 and (admitted := self._admit(plan)):
+        while budget > 0 and seconds > 0 and (admitted := self._admit(plan)):
             count = min(admitted.num_schedulable, budget)
+            count, seconds = self._chunk(admitted, count, seconds, plan)
             budget -= self._compute(admitted, count, plan)
         if not plan.rows:
             return None
         self._steps += 1
-        self.in_flight.append(
-            StepInFlight(self._steps, plan.scheduled, self.max_step_tokens - budget)
-        )
+        self.in_flight.append(StepInFlight(self._steps, plan.scheduled, plan.size()))
         return plan.command(self._steps)
 
     def update(self, result: StepResult) -> list[tuple[Request, int | None]]:
@@ -138,6 +164,7 @@ class Scheduler:
         """
         step = self.in_flight.popleft()
         assert result.step == step.step, (result.step, step.step)
+        self.pace.cost.measured(step.size, result.device_microseconds / 1e6)
         faulty = {fault.index for fault in result.faults}
         news: list[tuple[Request, int | None]] = []
         tokens = iter(result.token_ids)
@@ -174,13 +201,23 @@ class Scheduler:
         self.kv.check()
         rows = [request.row for request in self.running.values()]
         assert sorted(rows + self._free_rows) == list(range(1, self._num_rows))
-        assert len(self.running) <= self.max_running
+        assert len(self.running) <= self._most_running
         assert self.running.values() == sorted(self.running.values(), key=_seniority)
         for request in (*self.running.values(), *self.waiting.values()):
             assert request.finish is None and request.num_pending >= 0
         assert not any(request.row or request.admission for request in self.waiting.values())
         waiting = sum(len(request.token_ids) for request in self.waiting.values())
         assert waiting == self.num_waiting_tokens
+        self.pace.check(self.running.values())
+
+    def _chunk(
+        self, request: Request, count: int, seconds: float, plan: StepPlan
+    ) -> tuple[int, float]:
+        """As much of a prompt as the streams in the step may wait for; and the seconds left."""
+        start = request.num_computed
+        count, seconds = self.pace.chunk(seconds, start, count)
+        plan.pairs += chunk_pairs(start, count)
+        return count, seconds
 
     def _make_room(self, request: Request, count: int, plan: StepPlan) -> bool:
         """Grow the request's blocks, preempting the last in line; False when it was that itself."""
@@ -210,6 +247,7 @@ class Scheduler:
         self._admissions += 1
         request.admission = self._admissions
         self.running.add(request)
+        self.pace.admitted(request)
         request.row = self._free_rows.pop()
         request.num_recomputed += max(0, request.peak_computed - request.num_computed)
         if request.num_admissions == 0:
@@ -235,6 +273,9 @@ class Scheduler:
         request.num_computed = end = start + count
         samples = end == len(request.token_ids) + request.num_pending
         request.num_pending += samples
+        self.pace.num_computed += count
+        if not samples:
+            self.pace.interrupted(request)
         plan.rows.append(request.row)
         plan.starts.append(start)
         plan.counts.append(count)
@@ -250,11 +291,15 @@ class Scheduler:
             assert row.samples
             request.accept(token)
             request.account.charge_output_token()
-            self.num_waiting_tokens += not request.row
+            if request.row:
+                self.pace.num_known += 1
+            else:
+                self.num_waiting_tokens += 1
         if request.admission == row.admission and not faulty:
             self.kv.publish(request, row.num_computed)
             request.peak_computed = max(request.peak_computed, row.num_computed)
         if request.finish is not None:
+            self.pace.ended(request)
             self.abort(request)
 
     def _preempt(self, request: Request) -> None:
@@ -267,6 +312,7 @@ class Scheduler:
 
     def _leave(self, request: Request) -> None:
         self.running.remove(request)
+        self.pace.left(request)
         self.kv.release(request)
         self._free_rows.append(request.row)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from mili.internal.v1.step_pb2 import Admission, StepCommand
 from mili.router.request import Request
+from mili.router.step_cost import StepSize
 
 
 class Scheduled(NamedTuple):
@@ -24,7 +25,7 @@ class Scheduled(NamedTuple):
 class StepInFlight(NamedTuple):
     step: int
     rows: list[Scheduled]
-    num_tokens: int  # that it computes
+    size: StepSize
 
 
 class StepPlan:
@@ -36,6 +37,7 @@ class StepPlan:
         "block_rows",
         "counts",
         "num_admitted_tokens",
+        "pairs",
         "rows",
         "scheduled",
         "starts",
@@ -44,6 +46,7 @@ class StepPlan:
     def __init__(self) -> None:
         self.admissions: list[Admission] = []
         self.num_admitted_tokens = 0
+        self.pairs = 0.0
         self.block_rows: list[int] = []
         self.block_ids: list[int] = []
         self.rows: list[int] = []
@@ -54,6 +57,9 @@ class StepPlan:
     def add_blocks(self, row: int, blocks: list[int]) -> None:
         self.block_rows += [row] * len(blocks)
         self.block_ids += blocks
+
+    def size(self) -> StepSize:
+        return StepSize(sum(self.counts), sum(self.starts), self.pairs)
 
     def command(self, step: int) -> StepCommand:
         return StepCommand(

@@ -33,6 +33,7 @@ class WorkerState(IntEnum):
     LOADING = 1
     WARMING = 2
     SERVING = 3
+    DRAINING = 4  # the engine's decision: a group never says so of itself
     LOST = 6
 
 

@@ -136,5 +136,5 @@ def _kernel(error: Exception) -> dict[str, str]:
     if kernel := getattr(error, "kernel", ""):
         return {"kernel": kernel}
     if "CUDA" in str(error):
-        return {"kernel": "unknown: --enforce-eager with CUDA_LAUNCH_BLOCKING=1 names it"}
+        return {"kernel": "unknown: MILI_ENFORCE_EAGER=1 and CUDA_LAUNCH_BLOCKING=1 names it"}
     return {}

@@ -465,14 +465,18 @@ class History:
         return group
 
     def run(self, events: int) -> Counter[str]:
-        actions = (self.submit, self.answer, self.toggle, self.cancel, self.engine.tick)
+        actions = (
+            self.submit, self.answer, self.toggle, self.cancel, self.engine.tick, self.drain,
+            self.undrain,
+        )  # fmt: skip
         for _ in range(events):
             self.harness.now += self.random.random() / 2
-            self.random.choices(actions, (20, 60, 2, 1.5, 3))[0]()
+            self.random.choices(actions, (20, 60, 2, 1.5, 3, 1.5, 2))[0]()
             self.check()
         for index in range(3):
             if not self.serving[index]:
                 self.toggle(index)
+            self.engine.undrain(f"g{index}")
         self.harness.finish()
         self.harness.now += 1000
         self.engine.tick()
@@ -512,6 +516,17 @@ class History:
         else:
             self.engine.on_ready(group)
         self.serving[index] = not self.serving[index]
+
+    def drain(self) -> None:
+        index = self.random.randrange(3)
+        if self.serving[index]:
+            moved = self.engine.drain(f"g{index}", self.random.choice((None, 0.0, 3.0)))
+            self.totals["running when drained"] += moved
+
+    def undrain(self) -> None:
+        index = self.random.randrange(3)
+        if self.serving[index]:
+            self.engine.undrain(f"g{index}")
 
     def cancel(self) -> None:
         if self.asked:
@@ -553,6 +568,9 @@ def test_random_histories_over_three_workers(part: int) -> None:
     for seed in range(part * 15, part * 15 + 15):
         totals += History(seed).run(800)
     print(dict(totals))
-    for happening in ("recoveries", "preemptions", "EOS", "MAX_TOKENS", "CANCELLED", "NO_WORKERS"):
+    for happening in (
+        "recoveries", "preemptions", "EOS", "MAX_TOKENS", "CANCELLED", "NO_WORKERS", "DRAINING",
+        "running when drained",
+    ):  # fmt: skip
         assert totals[happening] >= 20, (happening, totals)
     assert totals["EOS"] + totals["MAX_TOKENS"] > 500
