@@ -31,6 +31,7 @@ from mili.router.limits import Limits
 from mili.router.queue import Key, Line, WaitingQueue
 from mili.router.request import Request
 from mili.router.step_plan import Scheduled, StepInFlight, StepPlan
+from mili.router.tape import Tape, recorded
 
 # Known tokens of all admissions in one command, four bytes each: a frame has its limit, 16 MiB, and
 # so has the time that a worker may take to read it.
@@ -47,7 +48,8 @@ class Scheduler:
         cache: CacheSettings = DEFAULT_CACHE,
     ) -> None:
         """shares: what each tenant has had, of all worker groups together."""
-        self._shares = shares if shares is not None else FairShare()
+        self.tape: Tape | None = None
+        self.shares = shares if shares is not None else FairShare()
         longest = -(-limits.context_limit // limits.block_size)  # blocks; pins leave that many
         self.kv = KVCacheManager(
             limits.num_blocks,
@@ -59,7 +61,7 @@ class Scheduler:
         self.max_step_tokens = limits.max_step_tokens
         # One token a row must always fit the budget: nobody who runs ever starves.
         self.max_running = min(limits.max_rows - 1, limits.max_step_tokens)
-        self.waiting = WaitingQueue(self._shares)
+        self.waiting = WaitingQueue(self.shares)
         self.running = Line(_seniority)
         self.in_flight: deque[StepInFlight] = deque()
         # By the last call of schedule().
@@ -68,6 +70,7 @@ class Scheduler:
         self._free_rows = list(range(limits.max_rows - 1, 0, -1))
         # Known tokens of all requests that wait.
         self.num_waiting_tokens = 0
+        self.num_preemptions = 0
         self._steps = 0
         self._admissions = 0
 
@@ -83,15 +86,17 @@ class Scheduler:
         rows = self.max_running - len(self.running)
         return len(self.waiting) < rows and tokens <= self.kv.num_available * self.kv.block_size
 
+    @recorded
     def add(self, request: Request) -> None:
         """Queue a request where it belongs."""
         assert request.finish is None and not request.row
         assert request.max_length <= self.context_limit
         scheduling = request.params.scheduling
-        request.account = self._shares.account(scheduling.tenant, scheduling.weight)
+        request.account = self.shares.account(scheduling.tenant, scheduling.weight)
         self.waiting.add(request)
         self.num_waiting_tokens += len(request.token_ids)
 
+    @recorded
     def withdraw(self) -> list[Request]:
         """Give up the requests that have not started, in order: none of them is in flight."""
         requests = [request for request in self.waiting.values() if not request.num_admissions]
@@ -99,6 +104,7 @@ class Scheduler:
             self._stop_waiting(request)
         return requests
 
+    @recorded
     def abort(self, request: Request) -> None:
         """Forget a request that has ended; its row and blocks are free at once."""
         assert request.finish is not None
@@ -107,6 +113,7 @@ class Scheduler:
         else:
             self._stop_waiting(request)
 
+    @recorded
     def schedule(self) -> StepCommand | None:
         """The next step, or None when there is nothing to compute now."""
         plan = StepPlan()
@@ -130,6 +137,7 @@ class Scheduler:
         )
         return plan.command(self._steps)
 
+    @recorded
     def update(self, result: StepResult) -> list[tuple[Request, int | None]]:
         """Take the result of the oldest step in flight.
 
@@ -153,6 +161,7 @@ class Scheduler:
                 news.append((request, token))
         return news
 
+    @recorded
     def evacuate(self, *, died: bool) -> list[Request]:
         """The worker group is gone: give up everything; returns what must go elsewhere, in order.
 
@@ -262,6 +271,7 @@ class Scheduler:
         self._leave(request)
         request.row = request.admission = request.num_computed = 0
         request.num_preemptions += 1
+        self.num_preemptions += 1
         self.preempted.append(request)
         self.add(request)
 
