@@ -8,7 +8,7 @@ processes of their own and a test can drive the clock.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import structlog
 
@@ -21,8 +21,10 @@ from mili.router.introspection import Explanation, Load
 from mili.router.kv_cache import DEFAULT_CACHE, CacheSettings
 from mili.router.ledger import Ledger
 from mili.router.load import load_of
+from mili.router.meters import Meters
 from mili.router.pipeline import Pipeline
 from mili.router.placement import place
+from mili.router.recorder import Recorder
 from mili.router.recovery import Homeless, judge
 from mili.router.request import (
     Finish,
@@ -65,6 +67,7 @@ class Engine:
         max_queue_time: float = math.inf,
         wake_at: Callable[[float], None] = lambda due: None,
         cache: CacheSettings = DEFAULT_CACHE,
+        recorder: Recorder | None = None,
     ) -> None:
         self._model_context_limit = model_context_limit
         self._pipeline_depth = pipeline_depth
@@ -72,11 +75,13 @@ class Engine:
         self._deliver = deliver
         self.on_fault = on_fault
         self._clock = clock
+        self._recorder = recorder
+        self.meters = Meters()
         self._shares = FairShare()
         self._admission = Admission(self._shares, max_queued_requests, max_queue_time)
         self._deadlines = Deadlines(wake_at)
         self._homeless = Homeless(recovery_timeout)
-        self._ledger = Ledger()
+        self._ledger = Ledger(self.meters)
         self._pipelines: dict[str, Pipeline] = {}  # of the groups that serve
         self._cache = cache
         self._schedulers: dict[str, Scheduler] = {}  # by the same names
@@ -110,6 +115,11 @@ class Engine:
     def num_queued(self) -> int:
         waiting = sum(len(scheduler.waiting) for scheduler in self._schedulers.values())
         return waiting + len(self._homeless)
+
+    @property
+    def schedulers(self) -> Mapping[str, Scheduler]:
+        """Of the groups that serve, by name: for looking, not for changing."""
+        return self._schedulers
 
     def scheduler_of(self, group: str) -> Scheduler | None:
         """The scheduler of a group that serves: for looking, not for changing."""
@@ -173,7 +183,10 @@ class Engine:
     @reports_faults
     def on_ready(self, group: WorkerGroup) -> None:
         """A worker group serves from now on, with an empty cache."""
-        pipeline = Pipeline(group, self._shares, self._cache, self._pipeline_depth)
+        meters = self.meters.group(group.name)
+        pipeline = Pipeline(group, self._shares, self._cache, self._pipeline_depth, meters)
+        if self._recorder is not None:
+            self._recorder.watch(group.name, pipeline.scheduler)
         self._pipelines[group.name] = pipeline
         self._schedulers[group.name] = pipeline.scheduler
         log.info(
@@ -195,6 +208,7 @@ class Engine:
         news = self._pipelines[group.name].take(result, now)
         started = self._pump(group.name)
         self._ledger.meter.output(len(result.token_ids), now)
+        self.meters.stepped(self.meters.group(group.name), news, result.device_microseconds, now)
         outputs = [self._ledger.output(request, token, now) for request, token in news]
         for request, _token in news:
             if request.finish:
@@ -207,6 +221,7 @@ class Engine:
         del self._pipelines[group.name]
         requests = self._schedulers.pop(group.name).evacuate(died=died)
         log.warning("worker lost", worker=group.name, reason=reason, requests=len(requests))
+        self.meters.lost(self.meters.group(group.name), len(requests))
         now = self._clock()
         for request in requests:
             request.waiting_since = now

@@ -10,6 +10,7 @@ from mili.internal.v1.step_pb2 import StepResult
 from mili.router.admission import ServiceRate, estimated_wait
 from mili.router.fair_share import FairShare
 from mili.router.kv_cache import CacheSettings
+from mili.router.meters import GroupMeters
 from mili.router.request import Request
 from mili.router.scheduler import Scheduler
 from mili.router.worker_group import WorkerGroup
@@ -27,10 +28,16 @@ class Pipeline:
     """
 
     def __init__(
-        self, group: WorkerGroup, shares: FairShare, cache: CacheSettings, depth: int | None
+        self,
+        group: WorkerGroup,
+        shares: FairShare,
+        cache: CacheSettings,
+        depth: int | None,
+        meters: GroupMeters,
     ) -> None:
         self.group = group
         self.scheduler = Scheduler(group.limits, shares, cache)
+        self._meters = meters
         self._rate = ServiceRate()
         self._depth = depth
         # More waited than the last step could begin with.
@@ -52,6 +59,7 @@ class Pipeline:
                 break
             rows = scheduler.in_flight[-1].rows
             group.send(command, [row.samples for row in rows], now)
+            self._meters.sent(command)
             if command.admissions:
                 first = {admission.admission for admission in command.admissions}
                 admitted += [row.request for row in rows if row.admission in first]
