@@ -25,7 +25,7 @@ ROWS, BLOCK_SIZE, CONTEXT = 256, 16, 4096
 
 
 def main() -> None:
-    """Alternate with and without, step by step: the machine is not always equally fast."""
+    """With and without in turn, as a die has it: the machine is not always equally fast."""
     gc.freeze()
     gc.set_threshold(*GC_THRESHOLD)
     scheduler = Scheduler(Limits(40_000, BLOCK_SIZE, ROWS + 1, 8192, CONTEXT, 50_000))
@@ -34,9 +34,10 @@ def main() -> None:
         scheduler.add(Request(str(number), params, context_limit=CONTEXT))
     Recorder(100_000).watch("group", scheduler)
     tape = scheduler.tape
+    generator = random.Random(1)
     seconds: dict[bool, list[float]] = {True: [], False: []}
-    for number in range(2_500):
-        recorded = number % 2 == 1
+    for _ in range(2_500):
+        recorded = generator.random() < 0.5
         scheduler.tape = tape if recorded else None
         started = time.process_time()
         _step(scheduler)
