@@ -21,6 +21,7 @@ from mili.cli.generate import generate
 from mili.cli.lifeline import tie_to_parent
 from mili.cli.models import pull_model, with_model_folder
 from mili.cli.options import add_command
+from mili.cli.replay import replay
 from mili.cli.serve_config import DECIDED_BY_SERVE, ServeConfig
 from mili.router.config import RouterConfig
 from mili.worker.config import WorkerConfig
@@ -156,7 +157,7 @@ add_command(
 )
 add_command(app, RouterConfig, _run_router, name="router", help="Run a router.", shared=_ALL)
 add_command(app, WorkerConfig, _run_worker, name="worker", help="Run a worker.", shared=_ALL)
-for _command in (pull, generate, chat, keygen, token):
+for _command in (pull, generate, chat, keygen, token, replay):
     app.command()(_command)
 
 

@@ -30,6 +30,7 @@ WITHOUT_FLAG = frozenset(
         "eviction_policy",
         "enforce_eager",
         "health_port",
+        "insecure_worker_link",
         "kv_cache_memory_bytes",
         "kv_cache_memory_fraction",
         "max_queue_time",
@@ -39,6 +40,8 @@ WITHOUT_FLAG = frozenset(
         "num_threads",
         "pipeline_depth",
         "max_unread_tokens",
+        "recorded_decisions",
+        "recording_folder",
         "recovery_timeout",
         "worker_timeout",
     }

@@ -102,8 +102,12 @@ def worker_configs(config: ServeConfig, link: str) -> list[WorkerConfig]:
         "num_threads": config.num_threads or max(1, cores // config.workers),
         "kv_cache_memory_fraction": config.kv_cache_memory_fraction / config.workers,
     }
+    # The router has the port itself; the workers have those behind it.
+    first = config.metrics_port + 1 if config.metrics_port else 0
     return [
-        WorkerConfig.model_validate(shared | {"name": f"worker-{number}"})
+        WorkerConfig.model_validate(
+            shared | {"name": f"worker-{number}", "metrics_port": first and first + number}
+        )
         for number in range(config.workers)
     ]
 

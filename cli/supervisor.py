@@ -93,6 +93,8 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal, number)
+        # Asks for a recording: the router's to write.
+        loop.add_signal_handler(signal.SIGUSR1, self._router.send, signal.SIGUSR1)
         async with asyncio.TaskGroup() as tasks:
             for child in (self._router, *self._workers):
                 self._keepers[child] = tasks.create_task(self._keep(child))

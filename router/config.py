@@ -84,6 +84,18 @@ class RouterConfig(BaseModel):
     drain_timeout: float = Field(
         default=30.0, ge=0, description="Seconds that running requests get at shutdown."
     )
+    metrics_port: int = Field(
+        default=0, ge=0, le=65535, description="Port of the Prometheus metrics; 0 for none."
+    )
+    recorded_decisions: int = Field(
+        default=10_000,
+        ge=0,
+        description="Scheduling decisions per worker group in the flight recorder; 0 for none.",
+    )
+    recording_folder: Path | None = Field(
+        default=None,
+        description="Where recordings go on SIGUSR1 or a crash. Default: the temporary folder.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least severe log line to print."
     )

@@ -8,7 +8,7 @@ processes of their own and a test can drive the clock.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import structlog
 
@@ -22,7 +22,9 @@ from mili.router.introspection import Explanation, Load, Pinned
 from mili.router.kv_cache import DEFAULT_CACHE, CacheSettings
 from mili.router.ledger import Ledger
 from mili.router.load import load_of
+from mili.router.meters import Meters
 from mili.router.pipeline import Pipeline
+from mili.router.recorder import Recorder
 from mili.router.recovery import Homeless, judge
 from mili.router.request import (
     Finish,
@@ -66,6 +68,7 @@ class Engine:
         itl_goal: float = math.inf,
         wake_at: Callable[[float], None] = lambda due: None,
         cache: CacheSettings = DEFAULT_CACHE,
+        recorder: Recorder | None = None,
     ) -> None:
         self._pipeline_depth = pipeline_depth
         self._itl_goal = itl_goal
@@ -74,11 +77,13 @@ class Engine:
         self.on_fault = on_fault
         self._clock = clock
         self._cache = cache
+        self._recorder = recorder
+        self.meters = Meters()
         self._shares = FairShare()
         self._admission = Admission(self._shares, max_queued_requests, max_queue_time)
         self._deadlines = Deadlines(wake_at)
         self._homeless = Homeless(recovery_timeout)
-        self._ledger = Ledger()
+        self._ledger = Ledger(self.meters)
         self._fleet = Fleet(model_context_limit)
 
     @property
@@ -112,6 +117,11 @@ class Engine:
 
     def is_draining(self, group: str) -> bool:
         return self._fleet.is_draining(group)
+
+    @property
+    def schedulers(self) -> Mapping[str, Scheduler]:
+        """Of the groups that serve, by name: for looking, not for changing."""
+        return {name: each.scheduler for name, each in self._fleet.pipelines.items()}
 
     def scheduler_of(self, group: str) -> Scheduler | None:
         """The scheduler of a group that serves: for looking, not for changing."""
@@ -218,7 +228,10 @@ class Engine:
     @reports_faults
     def on_ready(self, group: WorkerGroup) -> None:
         """A worker group serves from now on, with an empty cache."""
+        meters = self.meters.group(group.name)
         scheduler = Scheduler(group.limits, self._shares, self._cache, self._itl_goal)
+        if self._recorder is not None:
+            self._recorder.watch(group.name, scheduler)
         log.info(
             "worker serves",
             worker=group.name,
@@ -227,7 +240,7 @@ class Engine:
             max_sequences=scheduler.max_running,
             tokens_per_step=group.limits.max_step_tokens,
         )
-        waiting = self._fleet.join(Pipeline(group, scheduler, self._pipeline_depth))
+        waiting = self._fleet.join(Pipeline(group, scheduler, self._pipeline_depth, meters))
         self._place([*waiting, *self._homeless.leave()])
 
     @reports_faults
@@ -237,6 +250,7 @@ class Engine:
         news = self._fleet.pipelines[group.name].take(result, now)
         started = self._pump(group.name)
         self._ledger.meter.output(len(result.token_ids), now)
+        self.meters.stepped(self.meters.group(group.name), news, result.device_microseconds, now)
         outputs = [self._ledger.output(request, token, now) for request, token in news]
         for request, _token in news:
             if request.finish:
@@ -250,6 +264,7 @@ class Engine:
         """A worker group is gone, and its cache with it: its requests go on elsewhere."""
         requests = self._fleet.lose(group.name, died=died)
         log.warning("worker lost", worker=group.name, reason=reason, requests=len(requests))
+        self.meters.lost(self.meters.group(group.name), len(requests))
         now = self._clock()
         for request in requests:
             request.waiting_since = now

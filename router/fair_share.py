@@ -10,9 +10,15 @@ others: nobody saves up service by being away.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 # What a token costs: one in the prompt is computed, one in the output sampled and then computed.
 PROMPT_TOKEN_COST = 1.0
 OUTPUT_TOKEN_COST = 2.0
+
+
+# Served, how many wait, weight, and whether it was the last tenant that waited.
+Balance = tuple[float, int, float, bool]
 
 
 class Account:
@@ -45,7 +51,7 @@ class FairShare:
     def __init__(self) -> None:
         self._accounts: dict[str, Account] = {}
         # Those with a request waiting, and the last one that had.
-        self._waiting: dict[int, Account] = {}
+        self._waiting: dict[Account, None] = {}
         self._last: Account | None = None
 
     def account(self, tenant: str, weight: float) -> Account:
@@ -61,7 +67,7 @@ class FairShare:
         """One more request of the tenant waits."""
         if account.num_waiting == 0:
             account.served = self.served_on_arrival(account)
-            self._waiting[id(account)] = account
+            self._waiting[account] = None
         account.num_waiting += 1
 
     def leave(self, account: Account) -> None:
@@ -69,7 +75,7 @@ class FairShare:
         assert account.num_waiting > 0
         account.num_waiting -= 1
         if account.num_waiting == 0:
-            del self._waiting[id(account)]
+            del self._waiting[account]
             self._last = account
 
     def served_on_arrival(self, account: Account) -> float:
@@ -77,5 +83,23 @@ class FairShare:
         if account.num_waiting:
             return account.served
         if self._waiting:
-            return max(account.served, min(each.served for each in self._waiting.values()))
+            return max(account.served, min(each.served for each in self._waiting))
         return max(account.served, self._last.served) if self._last else account.served
+
+    def balances(self) -> dict[str, Balance]:
+        """What every tenant's account says, by tenant."""
+        return {
+            tenant: (account.served, account.num_waiting, account.weight, account is self._last)
+            for tenant, account in self._accounts.items()
+        }
+
+    def restore(self, balances: Mapping[str, Balance]) -> None:
+        """Let the accounts of some tenants say what others once said."""
+        for tenant, (served, num_waiting, weight, is_last) in balances.items():
+            account = self.account(tenant, weight)
+            account.served, account.num_waiting = served, num_waiting
+            self._waiting.pop(account, None)
+            if num_waiting:
+                self._waiting[account] = None
+            if is_last:
+                self._last = account

@@ -16,6 +16,7 @@ from mili.router.cache_memory import CacheMemory, Miss
 from mili.router.eviction import LRU, TokenLimit
 from mili.router.radix_tree import TOKEN_BYTES, Node, RadixTree
 from mili.router.request import Request
+from mili.router.tape import Tape, recorded
 
 
 class CacheSettings(NamedTuple):
@@ -103,6 +104,7 @@ class KVCacheManager:
         *,
         max_pinned_blocks: int = 0,
     ) -> None:
+        self.tape: Tape | None = None
         self.block_size = block_size
         self.counters = CacheCounters()
         self._pool = BlockPool(num_blocks, settings.allocation)
@@ -179,6 +181,7 @@ class KVCacheManager:
         self._pool.free(holding.private)
         self._trim(holding.node)
 
+    @recorded
     def pin(self, pin_id: str, namespace: bytes, token_ids: Sequence[int]) -> int:
         """Keep what is cached of the prefix until unpin; returns the tokens that are kept.
 
@@ -193,12 +196,14 @@ class KVCacheManager:
         self._pins[pin_id] = Pin(node, len(blocks))
         return len(blocks) * self.block_size
 
+    @recorded
     def unpin(self, pin_id: str) -> None:
         """The prefix may be evicted again. Raises KeyError for a pin that is not here."""
         pin = self._pins.pop(pin_id)
         self._tree.unlock(pin.node)
         self._trim(pin.node)
 
+    @recorded
     def flush(self, tenant: bytes | None) -> int:
         """Free every cached block that nobody holds, of one tenant or of all: how many."""
         freed = self._tree.flush(tenant or b"")

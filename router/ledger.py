@@ -8,14 +8,16 @@ from __future__ import annotations
 from mili.router.introspection import Explanation
 from mili.router.journal import Journal
 from mili.router.meter import Meter
+from mili.router.meters import Meters
 from mili.router.request import Finished, FinishReason, Request, RequestOutput, Started
 
 
 class Ledger:
     """Live requests by id. Times are monotonic seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, meters: Meters) -> None:
         self.meter = Meter()
+        self._meters = meters
         self._requests: dict[str, Request] = {}
         self._journal = Journal()
 
@@ -47,6 +49,7 @@ class Ledger:
         """What to tell a request that was admitted for the first time."""
         request.admitted_at = now
         usage = request.usage
+        self._meters.started(self._meters.group(request.worker), request, now)
         self.meter.prompt(usage.prompt_tokens, usage.cached_prompt_tokens, now)
         self.note(request, now, "started", f"{usage.cached_prompt_tokens} tokens cached")
         start = Started(usage.prompt_tokens, usage.cached_prompt_tokens)
@@ -62,6 +65,7 @@ class Ledger:
             finished = Finished(request.finish, request.usage, request.timing(now))
             if request.finish.reason is FinishReason.TIME_LIMIT and request.admitted_at is None:
                 started = Started(request.num_prompt_tokens, 0)
+            self._meters.finished(request.params.scheduling.tenant, finished)
             self._journal.end(request, now)
             del self._requests[request.request_id]
         return RequestOutput(

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
+import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,7 +24,9 @@ from mili.router.api.server import ApiServer
 from mili.router.config import RouterConfig
 from mili.router.engine import Engine
 from mili.router.kv_cache import CacheSettings
+from mili.router.metrics import RouterCollector, serve_metrics
 from mili.router.output import DetokenizedOutput
+from mili.router.recorder import Recorder, Reel, write
 from mili.router.request import GenerationParams, RequestOutput, TextOutput
 from mili.router.tenants import Tenants
 from mili.router.tokenizer import Tokenizer
@@ -64,6 +69,8 @@ class Router:
             interface = interface_sha256(self._folder)
         with _phase("load tokenizer", phases):
             self._tokenizer = Tokenizer(self._folder)
+        self._recorder = Recorder(config.recorded_decisions) if config.recorded_decisions else None
+        self._last_words: list[Reel] = []
         self._engine = Engine(
             model_context_limit=self._folder.max_context_tokens,
             pipeline_depth=config.pipeline_depth,
@@ -77,6 +84,7 @@ class Router:
             itl_goal=config.itl_goal,
             wake_at=self._wake_at,
             cache=_cache_settings(config, tenants),
+            recorder=self._recorder,
         )
         self._workers = Workers(
             self._engine, interface_sha256=interface, worker_timeout=config.worker_timeout
@@ -91,6 +99,7 @@ class Router:
                 tenants=tenants,
                 clock=time.monotonic,
                 list_workers=self._list_workers,
+                on_failure=self._engine.meters.failed,
                 startup_phases=phases,
             )
         self._alarm: asyncio.TimerHandle | None = None
@@ -102,7 +111,11 @@ class Router:
         self._link.start()
         try:
             await self._api.start()
+            if self._config.metrics_port:
+                collector = RouterCollector(self._engine, self._api.model_name)
+                serve_metrics(self._config.host, self._config.metrics_port, collector)
         except OSError:
+            await self._api.stop()
             self._link.close()
             raise
 
@@ -111,6 +124,7 @@ class Router:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
+        loop.add_signal_handler(signal.SIGUSR1, self._record)
         # What lives now lives to the end: the collector need not look at it again and again.
         gc.freeze()
         gc.set_threshold(*GC_THRESHOLD)
@@ -122,6 +136,8 @@ class Router:
         ticker.cancel()
         await self._api.stop()
         self._link.close()
+        if self._last_words:
+            self._write(self._last_words)
         log.info("router stopped", exit_code=self._exit_code)
         return self._exit_code
 
@@ -142,8 +158,25 @@ class Router:
         if self._exit_code == CLEAN:
             log.critical("the router is broken and exits", exc_info=error)
             self._exit_code = CRASH
+            self._last_words = self._recorder.reels() if self._recorder else []
         self._api.set_ready(False)
         self._stop.set()
+
+    def _record(self) -> None:
+        """Write down what was decided lately, beside whatever else goes on."""
+        reels = self._recorder.reels() if self._recorder else []
+        log.info("recording", worker_groups=len(reels))
+        threading.Thread(target=self._write, args=(reels,), name="recording").start()
+
+    def _write(self, reels: Sequence[Reel]) -> None:
+        folder = self._config.recording_folder or Path(tempfile.gettempdir())
+        path = folder / f"mili-recording-{os.getpid()}-{time.time_ns() // 1_000_000}.gz"
+        try:
+            write(path, reels)
+        except OSError as error:
+            log.error("recording cannot be written", path=str(path), reason=error.strerror)
+        else:
+            log.info("recording is written", path=str(path), replay=f"mili replay {path}")
 
     def _make_text(self, params: GenerationParams) -> TextOutput | None:
         """Text is made where it is asked for, or where it may hold a stop sequence."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from mili.internal.v1.step_pb2 import StepResult
 from mili.router.admission import ServiceRate, estimated_wait
+from mili.router.meters import GroupMeters
 from mili.router.request import Request
 from mili.router.scheduler import Scheduler
 from mili.router.worker_group import WorkerGroup
@@ -24,9 +25,12 @@ class Pipeline:
     depth: commands in flight; None for what the length of the steps asks for.
     """
 
-    def __init__(self, group: WorkerGroup, scheduler: Scheduler, depth: int | None) -> None:
+    def __init__(
+        self, group: WorkerGroup, scheduler: Scheduler, depth: int | None, meters: GroupMeters
+    ) -> None:
         self.group = group
         self.scheduler = scheduler
+        self._meters = meters
         self._rate = ServiceRate()
         self._depth = depth
         # More waited than the last step could begin with.
@@ -48,6 +52,7 @@ class Pipeline:
                 break
             rows = scheduler.in_flight[-1].rows
             group.send(command, [row.samples for row in rows], now)
+            self._meters.sent(command)
             if command.admissions:
                 first = {admission.admission for admission in command.admissions}
                 admitted += [row.request for row in rows if row.admission in first]

@@ -98,7 +98,7 @@ class WaitingQueue:
 
     def __init__(self, shares: FairShare) -> None:
         self._shares = shares
-        self._lanes: dict[tuple[Urgency, int, bool], _Lane] = {}
+        self._lanes: dict[tuple[Urgency, Account, bool], _Lane] = {}
         self._lane_of: dict[str, _Lane] = {}
 
     def __len__(self) -> int:
@@ -122,7 +122,7 @@ class WaitingQueue:
         return sum(lane.cost for lane in self._lanes.values())
 
     def add(self, request: Request) -> None:
-        key = (_urgency(request), id(request.account), request.is_suspect)
+        key = (_urgency(request), request.account, request.is_suspect)
         lane = self._lanes.get(key)
         if lane is None:
             lane = self._lanes[key] = _Lane(key[0], request.account, request.is_suspect)
@@ -137,7 +137,7 @@ class WaitingQueue:
         lane.cost -= request.expected_cost
         self._shares.leave(request.account)
         if not lane.line:
-            del self._lanes[lane.urgency, id(lane.account), lane.suspect]
+            del self._lanes[lane.urgency, lane.account, lane.suspect]
 
     def first(self, *, suspects: bool) -> Request | None:
         """Who is next, among all or among those that are no suspects of a worker's death."""

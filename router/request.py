@@ -163,6 +163,7 @@ class Request:
         "expected_cost",
         "finish",
         "first_token_at",
+        "last_token_at",
         "max_length",
         "namespace",
         "num_admissions",
@@ -239,6 +240,7 @@ class Request:
         self.queued_until = math.inf
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None
+        self.last_token_at: float | None = None
         self.worker = ""
 
     @property

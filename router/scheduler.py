@@ -34,6 +34,7 @@ from mili.router.queue import Key, Line, WaitingQueue
 from mili.router.request import Request
 from mili.router.step_cost import chunk_pairs
 from mili.router.step_plan import Scheduled, StepInFlight, StepPlan
+from mili.router.tape import Tape, recorded
 
 # Known tokens of all admissions in one command, four bytes each: a frame has its limit, 16 MiB, and
 # so has the time that a worker may take to read it.
@@ -54,7 +55,8 @@ class Scheduler:
         cache: CacheSettings = DEFAULT_CACHE,
         itl_goal: float = math.inf,
     ) -> None:
-        self._shares = shares if shares is not None else FairShare()
+        self.tape: Tape | None = None
+        self.shares = shares if shares is not None else FairShare()
         longest = -(-limits.context_limit // limits.block_size)  # blocks; pins leave that many
         self.kv = KVCacheManager(
             limits.num_blocks,
@@ -66,7 +68,7 @@ class Scheduler:
         self.max_step_tokens = limits.max_step_tokens
         # One token a row must always fit the budget: nobody who runs ever starves.
         self.max_running = min(limits.max_rows - 1, limits.max_step_tokens)
-        self.waiting = WaitingQueue(self._shares)
+        self.waiting = WaitingQueue(self.shares)
         self.running = Line(_seniority)
         self.in_flight: deque[StepInFlight] = deque()
         # By the last call of schedule().
@@ -77,6 +79,7 @@ class Scheduler:
         self.num_waiting_tokens = 0
         self.pace = Pace(itl_goal)
         self._most_running = self.max_running
+        self.num_preemptions = 0
         self._steps = 0
         self._admissions = 0
 
@@ -91,15 +94,17 @@ class Scheduler:
         rows = self.max_running - len(self.running)
         return len(self.waiting) < rows and tokens <= self.kv.num_available * self.kv.block_size
 
+    @recorded
     def add(self, request: Request) -> None:
         """Queue a request where it belongs."""
         assert request.finish is None and not request.row
         assert request.max_length <= self.context_limit
         scheduling = request.params.scheduling
-        request.account = self._shares.account(scheduling.tenant, scheduling.weight)
+        request.account = self.shares.account(scheduling.tenant, scheduling.weight)
         self.waiting.add(request)
         self.num_waiting_tokens += len(request.token_ids)
 
+    @recorded
     def withdraw(self, every: int = 1) -> list[Request]:
         """Give up every n-th of the waiting requests that no step in flight computes, in order."""
         busy = {row.request.request_id for step in self.in_flight for row in step.rows}
@@ -109,19 +114,23 @@ class Scheduler:
             self._stop_waiting(request)
         return requests
 
+    @recorded
     def close(self) -> None:
         """Admit nobody any more; who runs goes on."""
         self.max_running = 0
 
+    @recorded
     def reopen(self) -> None:
         """Undo close."""
         self.max_running = self._most_running
 
+    @recorded
     def preempt_all(self) -> None:
         """Have all that run wait: they can be withdrawn when no step in flight computes them."""
         for request in reversed(list(self.running.values())):
             self._preempt(request)
 
+    @recorded
     def abort(self, request: Request) -> None:
         """Forget a request that has ended; its row and blocks are free at once."""
         assert request.finish is not None
@@ -130,6 +139,7 @@ class Scheduler:
         else:
             self._stop_waiting(request)
 
+    @recorded
     def schedule(self) -> StepCommand | None:
         """The next step, or None when there is nothing to compute now."""
         plan = StepPlan()
@@ -156,6 +166,7 @@ class Scheduler:
         self.in_flight.append(StepInFlight(self._steps, plan.scheduled, plan.size()))
         return plan.command(self._steps)
 
+    @recorded
     def update(self, result: StepResult) -> list[tuple[Request, int | None]]:
         """Take the result of the oldest step in flight.
 
@@ -180,6 +191,7 @@ class Scheduler:
                 news.append((request, token))
         return news
 
+    @recorded
     def evacuate(self, *, died: bool) -> list[Request]:
         """The worker group is gone: give up everything; returns what must go elsewhere, in order.
 
@@ -307,6 +319,7 @@ class Scheduler:
         self._leave(request)
         request.row = request.admission = request.num_computed = 0
         request.num_preemptions += 1
+        self.num_preemptions += 1
         self.preempted.append(request)
         self.add(request)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import structlog
@@ -26,6 +27,9 @@ log = structlog.get_logger()
 
 # Far longer than any step: what has not ended by then never will, and nothing can interrupt it.
 HANG_SECONDS = 60.0
+
+
+OnStep = Callable[[StepCommand, StepResult], None]
 
 
 class PendingStep(Protocol):
@@ -57,7 +61,14 @@ class _Started(NamedTuple):
 class Completion:
     """put and wait are the step loop's; the thread does the rest."""
 
-    def __init__(self, connection: Connection, progress: Progress) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        progress: Progress,
+        on_step: OnStep = lambda command, result: None,
+    ) -> None:
+        """on_step hears, on the thread, of every step that ended well."""
+        self._on_step = on_step
         self._connection = connection
         self._progress = progress
         self._started: queue.Queue[_Started | None] = queue.Queue()
@@ -105,6 +116,7 @@ class Completion:
             return False
         self._progress.finish(step)
         self._connection.send(started.epoch, result)
+        self._on_step(started.command, result)
         return True
 
 

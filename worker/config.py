@@ -70,6 +70,9 @@ class WorkerConfig(BaseModel):
     health_port: int = Field(
         default=0, ge=0, le=65535, description="gRPC health port of the worker; 0 for none."
     )
+    metrics_port: int = Field(
+        default=0, ge=0, le=65535, description="Port of the Prometheus metrics; 0 for none."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least severe log line to print."
     )

@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
@@ -36,9 +36,10 @@ from mili.internal.v1.step_pb2 import (
     Hello,
     Ready,
     StepCommand,
+    StepResult,
     Welcome,
 )
-from mili.worker.completion import Completion, PendingStep, StepError, report_failure
+from mili.worker.completion import Completion, OnStep, PendingStep, StepError, report_failure
 from mili.worker.config import WorkerConfig
 from mili.worker.connection import Connection
 from mili.worker.dtype import choose_dtype
@@ -48,6 +49,9 @@ from mili.worker.session import PROTOCOL, Command, Dismissed, Event, Opened
 from mili.worker.startup import Startup
 from mili.worker.trace import write_trace
 from mili.worker.worker_keys import read_worker_keys
+
+if TYPE_CHECKING:
+    from mili.worker.metrics import WorkerMetrics
 
 log = structlog.get_logger()
 
@@ -94,6 +98,7 @@ def run(config: WorkerConfig) -> int:
         config.profile.mkdir(parents=True, exist_ok=True)
     health = HealthServer(config.health_port) if config.health_port else None
     progress = Progress()
+    metrics = _serve_metrics(config, progress) if config.metrics_port else None
     connection = Connection(
         config.router,
         make_hello(config, folder),
@@ -109,13 +114,26 @@ def run(config: WorkerConfig) -> int:
 
     trace = write_trace(config.profile) if config.profile else _NO_TRACE
     try:
-        return serve(connection, progress, load, trace)
+        on_step = metrics.stepped if metrics else _ignore
+        return serve(connection, progress, load, trace, on_step)
     finally:
         connection.close()
         if health:
             health.close()
+        if metrics:
+            metrics.close()
         # The process ends: taking the model apart piece by piece would only cost time.
         gc.freeze()
+
+
+def _serve_metrics(config: WorkerConfig, progress: Progress) -> WorkerMetrics:
+    from mili.worker.metrics import WorkerMetrics
+
+    return WorkerMetrics(config.metrics_port, config.name or socket.gethostname(), progress)
+
+
+def _ignore(command: StepCommand, result: StepResult) -> None:
+    """Nobody counts steps."""
 
 
 def load_runner(folder: ModelFolder, config: WorkerConfig) -> Runner:
@@ -178,6 +196,7 @@ def serve(
     progress: Progress,
     load: Callable[[Welcome], Runner],
     trace: AbstractContextManager[None] = _NO_TRACE,
+    on_step: OnStep = _ignore,
 ) -> int:
     """Wait for the router, load the model, execute steps within `trace`; returns the exit code."""
     try:
@@ -185,7 +204,7 @@ def serve(
         if isinstance(event, Opened):
             runner = _load(connection, progress, load, event.welcome)
             with trace:
-                event = _step(event, connection, progress, runner)
+                event = _step(event, connection, progress, runner, on_step)
                 # Before the trace is written, which takes longer than the router waits.
                 if event.reason == DRAIN:
                     _say_farewell(connection)
@@ -226,9 +245,15 @@ def _load(
     return runner
 
 
-def _step(event: Event, connection: Connection, progress: Progress, runner: Runner) -> Dismissed:
+def _step(
+    event: Event,
+    connection: Connection,
+    progress: Progress,
+    runner: Runner,
+    on_step: OnStep,
+) -> Dismissed:
     """Start steps as they come, until the router or a signal ends it. Raises StepError."""
-    completion = Completion(connection, progress)
+    completion = Completion(connection, progress, on_step)
     try:
         while not isinstance(event, Dismissed):
             match event:

@@ -32,8 +32,12 @@ class Guard(aio.ServerInterceptor):
     without a message.
     """
 
-    def __init__(self, identity: Identity) -> None:
+    def __init__(
+        self, identity: Identity, on_failure: Callable[[Reason], None] = lambda reason: None
+    ) -> None:
+        """on_failure hears the reason of every call that ends with an error of ours."""
         self._identity = identity
+        self._on_failure = on_failure
         self._guarded: dict[str, _Handler] = {}
 
     async def intercept_service(
@@ -46,7 +50,7 @@ class Guard(aio.ServerInterceptor):
             handler = await continuation(handler_call_details)
             if handler is None:
                 return None  # grpc answers UNIMPLEMENTED
-            self._guarded[method] = _guard(method, handler, self._identity)
+            self._guarded[method] = _guard(method, handler, self._identity, self._on_failure)
         return self._guarded[method]
 
 
@@ -54,15 +58,16 @@ def _guard(
     method: str,
     handler: Any,  # noqa: ANN401 - the stubs lack coroutines
     identity: Identity,
+    on_failure: Callable[[Reason], None],
 ) -> _Handler:
     async def answer_one(requests: AsyncIterator[bytes], context: Context) -> Any:  # noqa: ANN401
-        async with _errors_as_status(method, context):
+        async with _errors_as_status(method, context, on_failure):
             identity.establish(method, context)
             request = await _only(requests, handler.request_deserializer)
             return await handler.unary_unary(request, context)
 
     async def answer_many(requests: AsyncIterator[bytes], context: Context) -> None:
-        async with _errors_as_status(method, context):
+        async with _errors_as_status(method, context, on_failure):
             identity.establish(method, context)
             if handler.request_streaming:
                 parsed = _each(requests, handler.request_deserializer)
@@ -108,14 +113,18 @@ def _parsed(message: bytes, parse: Callable[[bytes], Any]) -> Any:  # noqa: ANN4
 
 
 @asynccontextmanager
-async def _errors_as_status(method: str, context: Context) -> AsyncIterator[None]:
+async def _errors_as_status(
+    method: str, context: Context, on_failure: Callable[[Reason], None]
+) -> AsyncIterator[None]:
     try:
         yield
     except aio.BaseError:  # the library's own: an abort on its way, or a caller who is gone
         raise
     except RequestError as error:
+        on_failure(error.reason)
         await abort(context, error)
     except Exception:
+        on_failure(Reason.INTERNAL)
         error_id = uuid.uuid4().hex
         _log.exception("call failed by our fault", method=method, error_id=error_id)
         message = f"internal error {error_id}; the server's log holds the details"

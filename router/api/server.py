@@ -32,6 +32,7 @@ from mili.router.api.streams import Streams
 from mili.router.api.tokenizer_service import TokenizerService
 from mili.router.chat_template import ChatTemplate
 from mili.router.config import RouterConfig
+from mili.router.errors import Reason
 from mili.router.quotas import Quotas
 from mili.router.request import RequestOutput
 from mili.router.tenants import Tenants
@@ -85,18 +86,21 @@ class ApiServer:
         tenants: Tenants,
         clock: Callable[[], float],
         list_workers: Callable[[], Sequence[WorkerStatus]],
+        on_failure: Callable[[Reason], None] = lambda reason: None,
         startup_phases: Sequence[tuple[str, float]] = (),
     ) -> None:
         self.instance_id = uuid.uuid4().hex
         self.public_port = 0
         self.admin_port = 0
         self._config = config
+        self._on_failure = on_failure
         self._servers: list[aio.Server] = []
         self._tenants = tenants
         self._streams = Streams(engine, config.max_unread_tokens)
         self._threads = TextThreads(config.max_queued_requests)
         template = ChatTemplate(folder)
         model = ServedModel.read(folder, config.served_model_name, tokenizer, template)
+        self.model_name = model.name
         prompts = PromptReader(tokenizer, template)
         defaults = read_defaults(folder)
         self._health = Health(_service_names(_PUBLIC_FILES + _ADMIN_FILES))
@@ -170,7 +174,9 @@ class ApiServer:
         files: Sequence[FileDescriptor],
         tenants: Tenants,
     ) -> int:
-        server = aio.server(interceptors=[Guard(Identity(tenants))], options=_OPTIONS)
+        server = aio.server(
+            interceptors=[Guard(Identity(tenants), self._on_failure)], options=_OPTIONS
+        )
         add_services(server)
         self._health.add_to(server)
         add_reflection(server, files)

@@ -224,3 +224,17 @@ def test_router_needs_no_torch() -> None:
     assert {"grpcio", "tokenizers", "pyzmq", "jinja2"} <= found
     heavy = {"torch", "transformers", "numpy", "gguf", "safetensors"}
     assert {name for name in found if name in heavy or name.startswith("cupy")} == set()
+
+
+def test_prometheus_scrapes_the_ports_that_are_set() -> None:
+    override = yaml.safe_load((ROOT / "deploy/compose.metrics.yaml").read_text())
+    scraping = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
+    router, worker = scraping["scrape_configs"]
+    port = {
+        role: override["services"][role]["environment"]["MILI_METRICS_PORT"] for role in CONFIGS
+    }
+    assert router["static_configs"] == [{"targets": [f"router:{port['router']}"]}]
+    assert str(worker["dns_sd_configs"][0]["port"]) == port["worker"]
+    assert worker["dns_sd_configs"][0]["names"] == ["worker"]
+    for file in scraping["rule_files"]:
+        assert (ROOT / "deploy/prometheus" / file).exists()

@@ -113,6 +113,12 @@ def test_probes_ask_the_port_that_is_set(manifests: Manifests, role: str, settin
     assert container["readinessProbe"]["grpc"] == {"port": port, "service": "readiness"}
 
 
+@pytest.mark.parametrize("role", ["router", "worker"])
+def test_metrics_are_on_the_port_that_is_set(manifests: Manifests, role: str) -> None:
+    ports = {port["name"]: port["containerPort"] for port in manifests.container(role)["ports"]}
+    assert ports["metrics"] == int(manifests.settings(role)["metrics_port"])
+
+
 def test_network_policies_and_budget_select_pods(manifests: Manifests) -> None:
     for role in ("router", "worker"):
         labels = manifests.pod(role)["metadata"]["labels"].items()
@@ -120,8 +126,10 @@ def test_network_policies_and_budget_select_pods(manifests: Manifests) -> None:
         assert policy["podSelector"]["matchLabels"].items() <= labels
     budget = manifests.get("PodDisruptionBudget", "mili-worker")["spec"]
     assert budget["selector"]["matchLabels"].items() <= labels
-    callers, workers = manifests.get("NetworkPolicy", "mili-router")["spec"]["ingress"]
+    callers, workers, metrics = manifests.get("NetworkPolicy", "mili-router")["spec"]["ingress"]
     assert callers == {"ports": [{"port": "grpc"}]}
+    assert manifests.get("NetworkPolicy", "mili-worker")["spec"]["ingress"] == [metrics]
+    assert metrics["ports"] == [{"port": "metrics"}]
     assert workers["from"][0]["podSelector"]["matchLabels"].items() <= labels
 
 
