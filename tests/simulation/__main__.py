@@ -7,6 +7,7 @@ nothing. Does not know what is simulated.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 import traceback
@@ -51,7 +52,7 @@ def main() -> int:
         print(outcome.failure or f"seed {outcome.seed}: digest {outcome.digest}")
         return 1 if outcome.failure else 0
     if arguments.plant:
-        return hunt(arguments.seeds)
+        return hunt(arguments.plant, arguments.seeds)
     seeds = range(arguments.first, arguments.first + arguments.seeds)
     if arguments.jobs == 1:
         return report(map(simulate, seeds), len(seeds))
@@ -70,11 +71,18 @@ def simulate(seed: int, *, verbose: bool = False) -> Outcome:
     return Outcome(seed, "", run.digest, run.totals, run.pairs)
 
 
-def hunt(num_seeds: int) -> int:
+def print_failure(outcome: Outcome, options: str = "") -> None:
+    """Say what was wrong, and how to see it again."""
+    print(f"seed {outcome.seed} fails: {outcome.failure}")
+    command = f"python -m tests.simulation {options}--seed {outcome.seed} -v"
+    print(f"replay it: {command}", flush=True)
+
+
+def hunt(name: str, num_seeds: int) -> int:
     """Look for a planted bug with the fewest seeds, alone; returns FOUND or NOT_FOUND."""
     for outcome in map(simulate, range(num_seeds)):
         if outcome.failure:
-            print(f"seed {outcome.seed} fails: {outcome.failure}")
+            print_failure(outcome, f"--plant '{name}' ")
             return FOUND
     print(f"{num_seeds} seeds show nothing")
     return NOT_FOUND
@@ -92,8 +100,7 @@ def report(outcomes: Iterable[Outcome], num_seeds: int) -> int:
         digest.update(outcome.digest.encode())
         if outcome.failure:
             failures += 1
-            print(f"seed {outcome.seed} fails: {outcome.failure}")
-            print(f"replay it: python -m tests.simulation --seed {outcome.seed} -v", flush=True)
+            print_failure(outcome)
             if failures >= MAX_FAILURES:
                 return 1
     for name, count in sorted(totals.items()):
@@ -106,9 +113,7 @@ def report(outcomes: Iterable[Outcome], num_seeds: int) -> int:
     return 1 if failures or missed else 0
 
 
-def _missed(
-    totals: Counter[str], pairs: Counter[tuple[str, str]], num_seeds: int
-) -> list[str]:
+def _missed(totals: Counter[str], pairs: Counter[tuple[str, str]], num_seeds: int) -> list[str]:
     from tests.simulation.faults import KINDS
 
     missed = [
@@ -124,7 +129,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.simulation", description=__doc__)
     parser.add_argument("--seeds", type=int, default=100, help="how many to run")
     parser.add_argument("--first", type=int, default=0, help="the first of them")
-    parser.add_argument("--jobs", type=int, default=2, help="processes to run them in")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes to run them in")
     parser.add_argument("--seed", type=int, help="run this one alone")
     parser.add_argument("-v", "--verbose", action="store_true", help="with --seed: print its trace")
     parser.add_argument("--plant", choices=planted.PLANTED, help="with a bug in the router")

@@ -9,15 +9,15 @@ from __future__ import annotations
 import random
 from collections import deque
 
+from mili.router.engine import MAX_DEATHS, MAX_STRIKES
 from mili.router.errors import Reason, RequestError
 from mili.router.request import (
     Finish,
-    FinishReason,
     Finished,
+    FinishReason,
     GenerationParams,
     RequestOutput,
 )
-from mili.router.engine import MAX_DEATHS, MAX_STRIKES
 from tests.fake_worker import FakeModel
 from tests.scheduler_simulation import expected
 from tests.simulation.router_process import LETTERS, Executing, RouterProcess
@@ -27,7 +27,12 @@ from tests.simulation.wishes import Wishes
 from tests.simulation.worker_process import DEADLY_TOP_K
 
 # Reasons for which the door may be closed, whatever the request is.
-REFUSALS = (Reason.NO_WORKERS, Reason.QUEUE_FULL, Reason.CONTEXT_TOO_LONG, Reason.DEADLINE_UNREACHABLE)
+REFUSALS = (
+    Reason.NO_WORKERS,
+    Reason.QUEUE_FULL,
+    Reason.CONTEXT_TOO_LONG,
+    Reason.DEADLINE_UNREACHABLE,
+)
 
 
 class Told:
@@ -103,8 +108,9 @@ class Callers:
         totals, engine = self._trace.totals, self._router.engine
         totals["asked"] += 1
         told = self.live[name] = Told(params, engine.context_limit, self._timeline.now)
-        self._trace.note(f"caller: {name} asks for {params.max_tokens} after "
-                         f"{params.prompt_token_ids}")
+        self._trace.note(
+            f"caller: {name} asks for {params.max_tokens} after {params.prompt_token_ids}"
+        )
         try:
             engine.submit(name, params)
             totals["accepted"] += 1
@@ -173,7 +179,9 @@ class Callers:
         assert told.text == _text(told, finish), f"I2: {told.text!r} of {tokens}"
         if self._may_end_early(told, finish):
             return
-        assert (tokens, finish.reason) == (alone, reason), f"I2: {finish} after {tokens}, not {alone}"
+        assert (tokens, finish.reason) == (alone, reason), (
+            f"I2: {finish} after {tokens}, not {alone}"
+        )
         if finish.error is None:
             self.wishes.remember([*told.params.prompt_token_ids, *tokens])
 

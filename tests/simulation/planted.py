@@ -78,7 +78,9 @@ PLANTED = {
         "num_blocks=min(rank.num_blocks", "num_blocks=max(rank.num_blocks"
     ),
     "steps in flight survive their epoch": Plant("        self._in_flight.clear()\n", ""),
-    "a group serves on after its loss": Plant("        self._limits = None\n        self._in", "        self._in"),
+    "a group serves on after its loss": Plant(
+        "        self._limits = None\n        self._in", "        self._in"
+    ),
     "a faulty row is due": Plant("samples and row not in faulty", "samples"),
     "a frame that finds no room is lost": Plant(
         "            if not send(self.routing_id, self._waiting[0]):\n"
@@ -98,7 +100,9 @@ PLANTED = {
     "silence is not noticed": Plant(
         "if silence > timeout else None", "if silence > 60 * timeout else None"
     ),
-    "nobody is heard": Plant("        self.heard_at = now\n\n    def heartbeat", "        pass\n\n    def heartbeat"),
+    "nobody is heard": Plant(
+        "        self.heard_at = now\n\n    def heartbeat", "        pass\n\n    def heartbeat"
+    ),
     "standing still is not noticed": Plant(
         "        problem = peer.liveness.hung(timeout, now)\n", "        problem = None\n"
     ),
@@ -107,16 +111,16 @@ PLANTED = {
         "while self._awaited and self._awaited[0][0] < step",
     ),
     "idling counts as standing still": Plant(
-        "        if not self._awaited:\n            self._moved_at = now\n        self._awaited.append",
-        "        self._awaited.append",
+        "            self._moved_at = now\n        self._awaited.append",
+        "            pass\n        self._awaited.append",
     ),
     # Scheduler and cache, as far as workers and callers make them fail.
     "suspects run together": Plant(
         "apart = any(request.is_suspect for request in self.running.values())", "apart = False"
     ),
     "who has started is withdrawn": Plant(
-        "        requests = [request for request in self.waiting.values() if not request.num_admissions]\n",
-        "        requests = list(self.waiting.values())\n",
+        "for request in self.waiting.values() if not request.num_admissions]",
+        "for request in self.waiting.values()]",
     ),
     "rows are not given back": Plant("        self._free_rows.append(request.row)\n", ""),
     "half a block is published": Plant(
@@ -131,7 +135,9 @@ PLANTED = {
         "        if needed > self.num_available:\n", "        if needed >= self.num_available:\n"
     ),
     # What the caller reads.
-    "a token lifts no suspicion": Plant("        self.deaths = self.strikes = 0\n        num_out", "        num_out"),
+    "a token lifts no suspicion": Plant(
+        "        self.deaths = self.strikes = 0\n        num_out", "        num_out"
+    ),
     "text that was held back is kept": Plant(
         "        if self.text:\n            self.text.finish()\n", ""
     ),

@@ -147,7 +147,7 @@ class RouterProcess:
             action(*args)
 
     def _tick(self) -> None:
-        """Both ticks of the process, after the socket was drained; and what holds between events."""
+        """Both ticks of the process, after the socket was drained, and what holds then."""
         now = self._timeline.now
         self._timeline.at(max(now + TICK_SECONDS, self.stalled_until), self._tick)
         if now < self.stalled_until:

@@ -56,9 +56,7 @@ class Simulation:
         )
         network = Network(self._timeline, stream("network"), self._router.receive)
         self._router.connect(network)
-        self._fleet = Fleet(
-            self._router, network, self._timeline, self._trace, stream("fleet")
-        )
+        self._fleet = Fleet(self._router, network, self._timeline, self._trace, stream("fleet"))
         self._callers = Callers(self._router, self._timeline, self._trace, stream("callers"))
         self._callers.context_limits = self._fleet.context_limits
         self._faults = Faults(
