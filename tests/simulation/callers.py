@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 from collections import deque
 
-from mili.router.engine import MAX_DEATHS, MAX_STRIKES
 from mili.router.errors import Reason, RequestError
+from mili.router.recovery import MAX_DEATHS, MAX_STRIKES
 from mili.router.request import (
     Finish,
     Finished,
@@ -32,7 +32,12 @@ REFUSALS = (
     Reason.QUEUE_FULL,
     Reason.CONTEXT_TOO_LONG,
     Reason.DEADLINE_UNREACHABLE,
+    Reason.DEADLINE_EXCEEDED,
 )
+
+
+# Two times that are the same, in seconds.
+LEAST = 1e-6
 
 
 class Told:
@@ -100,7 +105,7 @@ class Callers:
         """Ask for what a healthy server must give."""
         name = f"sure{self._count}"
         self._count += 1
-        self._submit(name, self.wishes.easy(self._timeline.now))
+        self._submit(name, self.wishes.easy())
         assert name in self.live, "a healthy server refuses a request"
         return name
 
@@ -171,9 +176,11 @@ class Callers:
         totals["recoveries"] += timing.recoveries
         totals["cache hits"] += usage.cached_prompt_tokens > 0
         totals["recomputed"] += usage.recomputed_tokens
+        self._check_punctuality(told)
         assert usage.prompt_tokens == len(told.params.prompt_token_ids)
         assert usage.completion_tokens == len(tokens)
         assert usage.cached_prompt_tokens < usage.prompt_tokens
+        assert told.params.cache_read or not usage.cached_prompt_tokens, "read, and may not"
         alone, reason = expected(self._model, told.params, told.context_limit)
         assert tokens == alone[: len(tokens)], f"I2: {tokens} instead of {alone}"
         assert told.text == _text(told, finish), f"I2: {told.text!r} of {tokens}"
@@ -185,10 +192,24 @@ class Callers:
         if finish.error is None:
             self.wishes.remember([*told.params.prompt_token_ids, *tokens])
 
+    def _queue_limit(self, told: Told) -> float:
+        """Seconds after which a request that has not begun ends."""
+        asked = told.params.scheduling.max_queue_time
+        return self._router.settings.max_queue_time if asked is None else asked
+
+    def _check_punctuality(self, told: Told) -> None:
+        """I7: ended by its deadline, as far as the router was awake then."""
+        scheduling, router = told.params.scheduling, self._router
+        due = min(scheduling.deadline, told.submitted_at + scheduling.time_limit)
+        if not told.started:
+            due = min(due, told.submitted_at + self._queue_limit(told))
+        late = self._timeline.now - max(due, router.stalled_until)
+        assert late <= LEAST, f"I7: ended {late:.3f} s too late"
+
     def _may_end_early(self, told: Told, finish: Finish) -> bool:
         """Whether the end has a reason beside what the model said; then this must be a good one."""
         scheduling = told.params.scheduling
-        waited = self._timeline.now - told.submitted_at
+        waited = self._timeline.now - told.submitted_at + LEAST
         if finish.reason == FinishReason.TIME_LIMIT:
             assert waited >= scheduling.time_limit, f"ended by its limit after {waited} s"
             return True
@@ -203,10 +224,14 @@ class Callers:
             case Reason.NUMERIC_FAULT:
                 return False
             case Reason.DEADLINE_EXCEEDED:
-                assert self._timeline.now >= scheduling.deadline, "ended before its deadline"
+                assert self._timeline.now + LEAST >= scheduling.deadline, (
+                    "ended before its deadline"
+                )
             case Reason.QUEUE_TIMEOUT:
-                assert scheduling.max_queue_time is not None
-                assert waited >= scheduling.max_queue_time, f"waited only {waited} s"
+                assert not told.started, "begun, and ended for waiting"
+                assert waited >= self._queue_limit(told), f"waited only {waited} s"
+            case Reason.QUEUE_FULL:
+                assert not told.started, "begun, and displaced from the queue"
             case Reason.POISON_REQUEST:
                 assert told.strikes >= MAX_STRIKES, "poison, and others were suspects too"
                 deadly = told.params.sampling.top_k == DEADLY_TOP_K
@@ -214,7 +239,9 @@ class Callers:
             case Reason.WORKER_LOST:
                 alone = self._timeline.now - told.moved_at
                 room = self._router.settings.recovery_timeout
-                assert told.total_deaths >= MAX_DEATHS or alone > room, f"given up after {alone} s"
+                assert told.total_deaths >= MAX_DEATHS or alone + LEAST >= room, (
+                    f"given up after {alone} s"
+                )
             case other:
                 raise AssertionError(f"nothing ends with {other}")
         return True

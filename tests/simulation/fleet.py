@@ -142,7 +142,7 @@ class Fleet:
 
     def _draw_hardware(self) -> Hardware:
         rng, block_size = self._random, self._block_size
-        tokens = rng.choice((36, 48, 64, 96))
+        tokens = rng.choice((36, 40, 48, 80))
         return Hardware(
             num_blocks=1 + tokens // block_size,
             block_size=block_size,

@@ -29,20 +29,27 @@ class Plant(NamedTuple):
 PLANTED = {
     # The engine: who is live, where, and what callers are told.
     "cancelled while it has no worker": Plant(
-        "        if self._homeless.pop(request_id, None) is None:\n"
-        "            self._schedulers[request.worker].abort(request)\n",
-        "        self._schedulers[request.worker].abort(request)\n",
+        "            if request in self._homeless:\n                self._homeless.remove",
+        "            if False:\n                self._homeless.remove",
     ),
-    "given up and kept": Plant("            del self._homeless[request.request_id]\n", ""),
+    "given up and kept": Plant(
+        "                self._homeless.remove(request)\n",
+        "                pass\n",
+    ),
     "given up too early": Plant("            request.waiting_since = now\n", ""),
-    "who has no worker is forgotten": Plant("        waiting += self._homeless.values()\n", ""),
+    "who has no worker is forgotten": Plant(
+        "        self._requests.clear()\n        return requests",
+        "        self._requests.clear()\n        return []",
+    ),
     "every loss is a death": Plant(".evacuate(died=died)", ".evacuate(died=True)"),
     "one strike is enough": Plant("request.strikes >= MAX_STRIKES", "request.strikes >= 1"),
     "no worker's room is looked at": Plant(
-        "            request.max_length = min(request.max_length, scheduler.context_limit)\n", ""
+        "request.max_length = min(request.max_length, scheduler.context_limit)",
+        "pass",
     ),
     "started again after a preemption": Plant(
-        "            if request.admitted_at is None:\n", "            if True:\n"
+        "for each in admitted if each.admitted_at is None]",
+        "for each in admitted]",
     ),
     "who has ended stays on the books": Plant(
         "            del self._requests[request.request_id]\n", ""
@@ -55,9 +62,22 @@ PLANTED = {
         "while len(scheduler.in_flight) < depth", "while len(scheduler.in_flight) <= depth"
     ),
     "a prompt as long as the limit": Plant(
-        "len(params.prompt_token_ids) >= self.context_limit",
-        "len(params.prompt_token_ids) > self.context_limit",
+        "if length >= limit:",
+        "if length > limit:",
     ),
+    # Time: who ends when.
+    "a deadline is for others": Plant("if now >= deadline:", "if now >= deadline + 1.0:"),
+    "a time limit starts again": Plant(
+        "request.submitted_at + scheduling.time_limit",
+        "request.waiting_since + scheduling.time_limit",
+    ),
+    "nobody is woken twice": Plant(
+        "        if self._heap:\n            self._wake_at(self.next)\n", ""
+    ),
+    "who has begun has waited too long": Plant(
+        "now >= queued_until and request.admitted_at is None", "now >= queued_until"
+    ),
+    "who has begun makes way": Plant(" and lane.urgency.fresh", ""),
     # The protocol: epochs, sequences, identities.
     "an epoch never ends": Plant("            del self._epochs[rank.epoch]\n", ""),
     "a doubled frame counts": Plant("        return missing\n", "        return max(missing, 0)\n"),
@@ -116,7 +136,8 @@ PLANTED = {
     ),
     # Scheduler and cache, as far as workers and callers make them fail.
     "suspects run together": Plant(
-        "apart = any(request.is_suspect for request in self.running.values())", "apart = False"
+        "return self.waiting.first(suspects=False)",
+        "return request",
     ),
     "who has started is withdrawn": Plant(
         "for request in self.waiting.values() if not request.num_admissions]",
@@ -130,9 +151,6 @@ PLANTED = {
     "the end keeps its lock": Plant(
         "        self._tree.unlock(holding.node)\n        self._pool.free(holding.private)\n",
         "        self._pool.free(holding.private)\n",
-    ),
-    "no block is ever the last": Plant(
-        "        if needed > self.num_available:\n", "        if needed >= self.num_available:\n"
     ),
     # What the caller reads.
     "a token lifts no suspicion": Plant(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from mili.internal.v1.step_pb2 import StepResult, WorkerFrame
 from mili.router.engine import Deliver, Engine
+from mili.router.kv_cache import CacheSettings
 from mili.router.output import DetokenizedOutput
 from mili.router.request import GenerationParams, TextOutput
 from mili.router.scheduler import Scheduler
@@ -49,6 +50,8 @@ class RouterSettings(NamedTuple):
     max_queued_requests: int
     worker_timeout: float
     recovery_timeout: float
+    max_queue_time: float
+    cache: CacheSettings
 
 
 class RouterProcess:
@@ -81,6 +84,9 @@ class RouterProcess:
             deliver=deliver,
             on_fault=self._faults.append,
             clock=lambda: timeline.now,
+            max_queue_time=settings.max_queue_time,
+            wake_at=self._wake_at,
+            cache=settings.cache,
         )
         self.workers = Workers(
             self,
@@ -155,6 +161,10 @@ class RouterProcess:
         self.workers.tick(now)
         self.engine.tick()
         self.check()
+
+    def _wake_at(self, due: float) -> None:
+        """As main.py does: the engine is asked once more when something is due."""
+        self._timeline.at(due, self.do, self.engine.tick)
 
     def check(self) -> None:
         """I3 in every group, and I4: each live request runs, or waits, and in one place."""

@@ -11,6 +11,7 @@ import random
 from collections import Counter
 from typing import NamedTuple
 
+from mili.router.kv_cache import CacheSettings
 from mili.router.workers import WorkerGroup
 from tests.simulation.callers import Callers
 from tests.simulation.faults import Faults
@@ -20,8 +21,14 @@ from tests.simulation.router_process import Executing, RouterProcess, RouterSett
 from tests.simulation.timeline import Timeline
 from tests.simulation.trace import Trace
 
-NUM_REQUESTS = 180
+NUM_REQUESTS = 200
 STORM_SECONDS = 12.0
+CACHES = (
+    CacheSettings(),
+    CacheSettings("best-fit"),
+    CacheSettings("first-fit", "token-limit", 16),
+    CacheSettings("best-fit", "token-limit", 32),
+)
 # Time in which everything must have come to an end once nothing more goes wrong.
 PATIENCE = 240.0
 
@@ -86,6 +93,8 @@ class Simulation:
             max_queued_requests=rng.choice((20, 1000)),
             worker_timeout=rng.choice((0.5, 1.0)),
             recovery_timeout=rng.choice((5.0, 60.0)),
+            max_queue_time=rng.choice((1.0, 10.0)),
+            cache=rng.choice(CACHES),
         )
 
     def _new_epoch(self) -> int:
@@ -106,7 +115,7 @@ class Simulation:
                 self._timeline.at(when, self._callers.ask)
                 when += rng.expovariate(100.0)
             asked += burst
-        for _ in range(rng.choice((8, 32, 64))):
+        for _ in range(rng.choice((8, 40, 72))):
             self._timeline.at(1.0 + rng.uniform(0.0, STORM_SECONDS), self._faults.strike)
         for _ in range(4):
             self._timeline.at(1.0 + rng.uniform(0.0, STORM_SECONDS), self._callers.cancel_any)

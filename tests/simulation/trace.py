@@ -49,7 +49,7 @@ def _describe(kind: type[RouterFrame | WorkerFrame], data: bytes) -> str:
     detail = ""
     if body == "step":
         step = frame.step
-        rows = zip(step.rows, step.starts, step.num_tokens, strict=True)
+        rows = zip(step.rows, step.starts, step.num_tokens, strict=False)
         detail = f" {step.step} rows {[*rows]} admits {[each.row for each in step.admissions]}"
     elif body == "result":
         detail = f" {frame.result.step} tokens {[*frame.result.token_ids]}"

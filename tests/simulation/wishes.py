@@ -53,7 +53,7 @@ class Wishes:
         return GenerationParams(
             prompt_token_ids=self._prompt(),
             sampling=sampling,
-            max_tokens=rng.choice((1, 4, 12, 30, 60)),
+            max_tokens=rng.choice((1, 8, 20, 30, 60)),
             min_tokens=rng.choice((0, 0, 0, 9)),
             eos_token_ids=frozenset({EOS} if rng.random() < 0.7 else ()),
             stop_token_ids=frozenset({1} if rng.random() < 0.05 else ()),
@@ -66,9 +66,10 @@ class Wishes:
             scheduling=self._scheduling(tenant, now),
         )
 
-    def easy(self, now: float) -> GenerationParams:
+    def easy(self) -> GenerationParams:
         """A request that no healthy server has a reason to refuse or to end early."""
-        return GenerationParams(self._tokens(4), Sampling(seed=1), max_tokens=4)
+        patient = Scheduling(max_queue_time=60.0)
+        return GenerationParams(self._tokens(4), Sampling(seed=1), 4, scheduling=patient)
 
     def _prompt(self) -> list[int]:
         rng = self._random
@@ -88,7 +89,7 @@ class Wishes:
             weight=1.0 + len(tenant),
             priority=rng.choice((0, 0, 0, 1, 2)),
             deadline=now + rng.uniform(0.2, 8.0) if hurried else math.inf,
-            max_queue_time=rng.uniform(0.1, 5.0) if rng.random() < 0.1 else 60.0,
+            max_queue_time=rng.uniform(0.1, 5.0) if rng.random() < 0.1 else None,
             time_limit=rng.uniform(0.2, 5.0) if rng.random() < 0.1 else math.inf,
             session_id=rng.choice(("", "", "s1", "s2")),
         )
