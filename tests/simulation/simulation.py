@@ -130,6 +130,9 @@ class Simulation:
         self._timeline.run(2.0)
 
     def _all_serve(self) -> bool:
+        """Every group does, and nothing that befell its processes lasts any longer."""
+        if any(process.hung_until > self._timeline.now for process in self._fleet.alive):
+            return False
         groups = {process.group for process in self._fleet.processes.values()}
         return groups == set(self._router.serving)
 
@@ -142,7 +145,11 @@ class Simulation:
             assert not scheduler.in_flight, f"I4: steps in flight at {name}, and nobody asks"
         for _ in range(4):
             self._callers.ask_for_sure()
-        self._timeline.run(3.0)
+        for _ in range(10):
+            self._timeline.run(1.0)
+            if not self._callers.live:
+                break
         assert not self._callers.live, "a healthy server does not answer"
+        self._timeline.run(1.0)
         assert self._fleet.ranks_agree, "a rank was left behind"
         self._router.check()

@@ -74,6 +74,7 @@ class WorkerProcess:
         self.name = hello.worker
         self.instance = hello.instance
         self.group = hello.group
+        self._rank = hello.rank
         self.hardware = hardware
         self.is_alive = True
         self.ended_at = 0.0
@@ -161,7 +162,9 @@ class WorkerProcess:
         outgoing = self._session.outgoing
         while outgoing and self.connection.to_router.send(outgoing[0]):
             outgoing.popleft()
-        assert len(outgoing) <= MAX_OUTGOING, f"I6: {len(outgoing)} frames wait at {self.name}"
+        # What other ranks send is not awaited, and so not bounded by the pipeline's depth.
+        if self._rank == 0:
+            assert len(outgoing) <= MAX_OUTGOING, f"I6: {len(outgoing)} frames wait at {self.name}"
 
     def _work(self) -> None:
         """The step loop: take the next event that is still of interest, unless one is at work."""
