@@ -62,8 +62,8 @@ PLANTED = {
         "while len(scheduler.in_flight) < depth", "while len(scheduler.in_flight) <= depth"
     ),
     "a prompt as long as the limit": Plant(
-        "if length >= limit:",
-        "if length > limit:",
+        "if length >= context_limit:",
+        "if length > context_limit:",
     ),
     # Time: who ends when.
     "a deadline is for others": Plant("if now >= deadline:", "if now >= deadline + 1.0:"),
@@ -154,7 +154,8 @@ PLANTED = {
     ),
     # What the caller reads.
     "a token lifts no suspicion": Plant(
-        "        self.deaths = self.strikes = 0\n        num_out", "        num_out"
+        "        self.deaths = self.strikes = 0\n        num_tokens",
+        "        num_tokens",
     ),
     "text that was held back is kept": Plant(
         "        if self.text:\n            self.text.finish()\n", ""
