@@ -3,6 +3,7 @@
 #   make demo [PROMPT="..."]   set up, pull a small model, serve it, ask it a question
 #   make test                  lint, types, protos, tests
 #   make nightly               what takes longer than a merge may wait
+#   make simulate SEEDS=500    the router on a virtual clock, with everything going wrong
 #   make gpu                   the tests that need an NVIDIA GPU
 #   make sanitize              its kernels under compute-sanitizer (part of the CUDA toolkit)
 #
@@ -10,6 +11,7 @@
 # it, a plain Linux machine gets the CUDA build from PyPI, several gigabytes of it.
 
 PYTHON ?= python3
+SEEDS ?= 500
 PROMPT ?= Explain in two sentences why the sky is blue.
 TORCH_INDEX ?=
 # For the shell to take as it is, quotes and dollars included.
@@ -21,7 +23,7 @@ PIP := $(BIN)/pip --disable-pip-version-check --quiet
 SANITIZER := compute-sanitizer --error-exitcode 1 --report-api-errors no \
 	--kernel-name-exclude kns=_Z --kernel-name-exclude kns=gemm
 
-.PHONY: demo test nightly gpu sanitize lint types protos clean
+.PHONY: demo test nightly simulate gpu sanitize lint types protos clean
 
 demo: .venv/.mili
 	$(BIN)/mili pull smollm2-135m
@@ -29,9 +31,14 @@ demo: .venv/.mili
 
 test: .venv/.dev lint types
 	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu"
+	$(MAKE) simulate
 
 nightly: .venv/.dev
 	$(BIN)/pytest -m "not gpu"
+	$(MAKE) simulate SEEDS=10000
+
+simulate: .venv/.dev
+	$(BIN)/python -m tests.simulation --seeds $(SEEDS)
 
 gpu: .venv/.dev
 	$(BIN)/pytest -m gpu tests/gpu

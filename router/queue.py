@@ -151,7 +151,7 @@ class WaitingQueue:
         ends = {
             lane: lane.end(newcomer.expected_cost if lane.account is account else 0.0)
             for lane in self._lanes.values()
-            if lane.urgency >= urgency
+            if lane.urgency >= urgency and lane.urgency.fresh
         }
         served = self._shares.served_on_arrival(account)
         own = (urgency, served + newcomer.expected_cost / account.weight)
