@@ -29,6 +29,7 @@ from tests.simulation.worker_process import DEADLY_TOP_K
 # Reasons for which the door may be closed, whatever the request is.
 REFUSALS = (
     Reason.NO_WORKERS,
+    Reason.DRAINING,
     Reason.QUEUE_FULL,
     Reason.CONTEXT_TOO_LONG,
     Reason.DEADLINE_UNREACHABLE,
@@ -131,8 +132,13 @@ class Callers:
         too_long = len(params.prompt_token_ids) >= engine.context_limit
         assert error.reason in REFUSALS, error
         assert (error.reason == Reason.NO_WORKERS) == (not self._router.serving), error
+        assert (error.reason == Reason.DRAINING) == self._all_drain(), error
         assert error.reason != Reason.CONTEXT_TOO_LONG or too_long, error
-        assert error.retry_after is not None or error.reason in REFUSALS[2:], error
+        assert error.retry_after is not None or error.reason in REFUSALS[3:], error
+
+    def _all_drain(self) -> bool:
+        serving = self._router.serving
+        return bool(serving) and all(map(self._router.engine.is_draining, serving))
 
     def _cancel(self, name: str) -> None:
         self._trace.note(f"caller: {name} is cancelled")

@@ -36,7 +36,10 @@ PLANTED = {
         "                self._homeless.remove(request)\n",
         "                pass\n",
     ),
-    "given up too early": Plant("            request.waiting_since = now\n", ""),
+    "given up too early": Plant(
+        "            request.waiting_since = now\n            self._ledger",
+        "            self._ledger",
+    ),
     "who has no worker is forgotten": Plant(
         "        self._requests.clear()\n        return requests",
         "        self._requests.clear()\n        return []",
@@ -62,9 +65,18 @@ PLANTED = {
         "while len(scheduler.in_flight) < depth", "while len(scheduler.in_flight) <= depth"
     ),
     "a prompt as long as the limit": Plant(
-        "if length >= context_limit:",
-        "if length > context_limit:",
+        "if length >= self.context_limit:",
+        "if length > self.context_limit:",
     ),
+    # Operators: who is drained, and what is pinned.
+    "a worker that drains is placed on": Plant("        self._open.pop(name, None)\n", ""),
+    "who is interrupted by a drain stays": Plant(
+        "        if self._fleet.is_draining(group.name):\n            self._move(group.name)\n", ""
+    ),
+    "a drain outlives its worker": Plant(
+        "        self._migrate_at.pop(name, None)\n        self._pins", "        self._pins"
+    ),
+    "a pin never expires": Plant("        self._fleet.expire_pins(now)\n", ""),
     # Time: who ends when.
     "a deadline is for others": Plant("if now >= deadline:", "if now >= deadline + 1.0:"),
     "a time limit starts again": Plant(
@@ -139,8 +151,8 @@ PLANTED = {
         "return self.waiting.first(suspects=False)",
         "return request",
     ),
-    "who has started is withdrawn": Plant(
-        "for request in self.waiting.values() if not request.num_admissions]",
+    "who is computed is withdrawn": Plant(
+        "for request in self.waiting.values() if request.request_id not in busy]",
         "for request in self.waiting.values()]",
     ),
     "rows are not given back": Plant("        self._free_rows.append(request.row)\n", ""),

@@ -52,6 +52,7 @@ class RouterSettings(NamedTuple):
     recovery_timeout: float
     max_queue_time: float
     cache: CacheSettings
+    itl_goal: float
 
 
 class RouterProcess:
@@ -87,6 +88,7 @@ class RouterProcess:
             max_queue_time=settings.max_queue_time,
             wake_at=self._wake_at,
             cache=settings.cache,
+            itl_goal=settings.itl_goal,
         )
         self.workers = Workers(
             self,
@@ -175,6 +177,9 @@ class RouterProcess:
             running += len(scheduler.running)
             depth = self.settings.pipeline_depth or 3
             assert len(scheduler.in_flight) <= depth, f"I6: too many steps in flight at {name}"
+            if self.engine.is_draining(name) and self.engine.is_serving:
+                busy = {row.request.request_id for step in scheduler.in_flight for row in step.rows}
+                assert busy.issuperset(scheduler.waiting), f"somebody waits where {name} drains"
         assert len(self.schedulers) == len(self.serving)
         assert running + self.engine.num_queued == self.engine.num_live, "I4: somebody is nowhere"
 

@@ -7,6 +7,7 @@ random but the seed.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from tests.simulation.callers import Callers
 from tests.simulation.faults import Faults
 from tests.simulation.fleet import Fleet
 from tests.simulation.network import Network
+from tests.simulation.operators import LONGEST, Operators
 from tests.simulation.router_process import Executing, RouterProcess, RouterSettings
 from tests.simulation.timeline import Timeline
 from tests.simulation.trace import Trace
@@ -66,6 +68,9 @@ class Simulation:
         self._fleet = Fleet(self._router, network, self._timeline, self._trace, stream("fleet"))
         self._callers = Callers(self._router, self._timeline, self._trace, stream("callers"))
         self._callers.context_limits = self._fleet.context_limits
+        self._operators = Operators(
+            self._router, self._callers.wishes, self._timeline, self._trace, stream("operators")
+        )
         self._faults = Faults(
             self._fleet,
             self._router,
@@ -95,6 +100,7 @@ class Simulation:
             recovery_timeout=rng.choice((5.0, 60.0)),
             max_queue_time=rng.choice((1.0, 10.0)),
             cache=rng.choice(CACHES),
+            itl_goal=rng.choice((math.inf, 0.05, 0.002)),
         )
 
     def _new_epoch(self) -> int:
@@ -119,10 +125,12 @@ class Simulation:
             self._timeline.at(1.0 + rng.uniform(0.0, STORM_SECONDS), self._faults.strike)
         for _ in range(4):
             self._timeline.at(1.0 + rng.uniform(0.0, STORM_SECONDS), self._callers.cancel_any)
+        for _ in range(rng.choice((0, 4, 16))):
+            self._timeline.at(1.0 + rng.uniform(0.0, STORM_SECONDS), self._operators.act)
 
     def _settle(self) -> None:
-        """Nothing more goes wrong: everything ends, the faults that last first."""
-        self._timeline.run(4.0)
+        """Nothing more goes wrong: everything ends, what lasts for a while first."""
+        self._timeline.run(LONGEST + 1.0)
         until = self._timeline.now + PATIENCE
         while self._callers.live or not self._all_serve() or not self._fleet.ranks_agree:
             self._timeline.run(1.0)
