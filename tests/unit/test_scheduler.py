@@ -192,8 +192,8 @@ PLANTED = {
     "min_tokens is one short": ("request", "num_output > params.min", "num_output >= params.min"),
     "the context limit is one too far": (
         "request",
-        "len(self.token_ids) >= self.max_length",
-        "len(self.token_ids) > self.max_length",
+        "if num_tokens < self.max_length:",
+        "if num_tokens <= self.max_length:",
     ),
 }
 
