@@ -19,7 +19,7 @@ import torch
 from mili.worker.sequence_table import CommandError
 from tests.gpu.oracle import Oracle
 from tests.gpu.steps import GREEDY, OUTPUT_TOKENS, SETTINGS, Tokens, generate, sampled
-from tests.model_folders import make_model_folder
+from tests.model_folders import Family, make_model_folder
 from tests.step_driver import StepDriver
 
 pytestmark = pytest.mark.gpu
@@ -149,6 +149,26 @@ def test_rows_that_join_while_others_decode(driver: StepDriver, oracle: Oracle) 
         driver.run(list(inputs)[:row], output_tokens=2, chunk=50)
     driver.run(list(reversed(inputs)), output_tokens=10)
     check_greedy(oracle, driver.tokens, inputs, "rows that join")
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("qwen3", "bfloat16"), ("qwen2", "float16")])
+def test_a_model_of_one_layer(family: Family, dtype: str, tmp_path: Path) -> None:
+    """The first layer is the last one, too. No graph is recorded before it is needed."""
+    folder = make_model_folder(
+        tmp_path / "model",
+        family,
+        hidden_size=512,
+        intermediate_size=1024,
+        layers=1,
+        heads=8,
+        kv_heads=2,
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=2048,
+        dtype=getattr(torch, dtype),
+    )
+    driver = StepDriver(folder, **SETTINGS | {"dtype": dtype})
+    inputs = prompts(*LENGTHS)
+    check_greedy(Oracle(folder), generate(driver, inputs, chunk=40), inputs, "one layer")
 
 
 @pytest.mark.parametrize("depth", [2, 4])

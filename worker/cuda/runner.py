@@ -180,20 +180,36 @@ class CudaRunner:
             return
         padded = smallest_worth(self._token_buckets, num_tokens)
         if padded is not None:
-            compute = partial(self._compute, padded, prefills=True)
-            self._graphs.run(("mixed", padded), compute)
+            self._graphs.run(("mixed", padded), partial(self._prefill, padded))
         else:
-            self._compute(-(-num_tokens // _PADDING) * _PADDING, prefills=True)
+            self._prefill(-(-num_tokens // _PADDING) * _PADDING)
         if num_samples:
             self._sample(num_samples)
 
+    @torch.inference_mode()
     def _decode(self, num_rows: int) -> None:
         """A whole step in which every row has one new token; nearly all of them sample."""
-        self._compute(num_rows, prefills=False)
-        self._compute_samples(num_rows)
+        self._make_batch(num_rows)
+        self._decoder.decode(self._batch, self._sequences, num_rows)
+        self._draw(num_rows)
 
     @torch.inference_mode()
-    def _compute(self, num_tokens: int, *, prefills: bool) -> None:
+    def _prefill(self, num_tokens: int) -> None:
+        """A step in which rows of several new tokens take part, but for what only samples need."""
+        self._make_batch(num_tokens)
+        self._decoder.prefill(self._batch, self._sequences, num_tokens)
+
+    def _sample(self, num_samples: int) -> None:
+        size = smallest(self._sample_buckets, num_samples)
+        assert size is not None, num_samples
+        self._graphs.run(("sample", size), partial(self._finish, size))
+
+    @torch.inference_mode()
+    def _finish(self, num_samples: int) -> None:
+        self._decoder.finish(self._batch, self._sequences, num_samples)
+        self._draw(num_samples)
+
+    def _make_batch(self, num_tokens: int) -> None:
         make_batch(
             self._transfer.input,
             self._sequences,
@@ -201,15 +217,8 @@ class CudaRunner:
             num_padded=num_tokens,
             block_size=self._block_size,
         )
-        self._decoder.forward(self._batch, self._sequences, num_tokens, prefills=prefills)
 
-    def _sample(self, num_samples: int) -> None:
-        size = smallest(self._sample_buckets, num_samples)
-        assert size is not None, num_samples
-        self._graphs.run(("sample", size), partial(self._compute_samples, size))
-
-    @torch.inference_mode()
-    def _compute_samples(self, num_samples: int) -> None:
+    def _draw(self, num_samples: int) -> None:
         self._sampler.sample(
             self._decoder.compute_logits(num_samples),
             self._sequences.sampling,
