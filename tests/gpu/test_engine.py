@@ -52,7 +52,7 @@ def oracle(folder: Path) -> Oracle:
 
 @pytest.fixture(scope="module")
 def driver(folder: Path) -> Iterator[StepDriver]:
-    """With every graph recorded; each test restarts it."""
+    """With the graphs recorded that a worker starts with; each test restarts it."""
     driver = StepDriver(folder, **SETTINGS)
     driver.runner.warm_up()
     yield driver
@@ -149,6 +149,16 @@ def test_rows_that_join_while_others_decode(driver: StepDriver, oracle: Oracle) 
         driver.run(list(inputs)[:row], output_tokens=2, chunk=50)
     driver.run(list(reversed(inputs)), output_tokens=10)
     check_greedy(oracle, driver.tokens, inputs, "rows that join")
+
+
+def test_graphs_are_recorded_while_steps_are_in_flight(
+    driver: StepDriver, oracle: Oracle, folder: Path
+) -> None:
+    inputs = prompts(1, 40, 17, 129, 300, 64)
+    cold = StepDriver(folder, **SETTINGS)
+    tokens = generate(cold, inputs, chunk=100, depth=4)
+    check_greedy(oracle, tokens, inputs, "graphs recorded on the way")
+    oracle.check_same(generate(driver, inputs, chunk=100), tokens, "recorded before and on the way")
 
 
 @pytest.mark.parametrize(("family", "dtype"), [("qwen3", "bfloat16"), ("qwen2", "float16")])

@@ -63,7 +63,9 @@ class Decoder:
         x = self._embed(batch, num_rows)
         for layer in range(self._config.num_layers):
             with torch.cuda.nvtx.range(f"layer {layer}"):
-                attended = self._layers.attend(layer, batch, table, num_rows, prefills=False)
+                attended = self._layers.attend(
+                    layer, batch, table, num_rows, decodes=True, prefills=False
+                )
                 self._layers.end(layer, x, attended)
         final_norm(
             x,
@@ -78,17 +80,22 @@ class Decoder:
             overlap=True,
         )
 
-    def prefill(self, batch: BatchTensors, table: SequenceTensors, num_tokens: int) -> None:
+    def prefill(
+        self, batch: BatchTensors, table: SequenceTensors, num_tokens: int, *, decodes: bool
+    ) -> None:
         """Compute a step of any rows, its first num_tokens tokens, as far as all of them go.
 
         Writes their keys and values and marks rows that are not finite in table.faulted. Where
-        there are samples, `finish` must follow.
+        there are samples, `finish` must follow. decodes: whether rows of one new token may be among
+        the others.
         """
         x = self._embed(batch, num_tokens)
         last = self._config.num_layers - 1
         for layer in range(last + 1):
             with torch.cuda.nvtx.range(f"layer {layer}"):
-                attended = self._layers.attend(layer, batch, table, num_tokens, prefills=True)
+                attended = self._layers.attend(
+                    layer, batch, table, num_tokens, decodes=decodes, prefills=True
+                )
                 if layer < last:
                     self._layers.end(layer, x, attended)
         gather_samples(

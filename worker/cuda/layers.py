@@ -60,13 +60,14 @@ class Layers:
         table: SequenceTensors,
         num_tokens: int,
         *,
+        decodes: bool,
         prefills: bool,
     ) -> torch.Tensor:
         """The first half: from `x` to what the first num_tokens tokens attended to.
 
-        Writes their keys and values. prefills: whether rows of more than one new token may be among
-        them. The first layer of many tokens finds its input normed. Returns [num_tokens, heads *
-        head_dim].
+        Writes their keys and values. decodes, prefills: whether rows of one new token, and of more,
+        may be among them. The first layer of many tokens finds its input normed. Returns
+        [num_tokens, heads * head_dim].
         """
         layer, cache = self._weights[index], self._cache[index]
         qkv = self._activations.qkv[:num_tokens]
@@ -84,16 +85,17 @@ class Layers:
             self._epsilon,
             overlap=True,
         )
-        self._decode.attend(
-            qkv,
-            cache,
-            table.block_tables,
-            batch.rows,
-            batch.starts,
-            batch.sizes,
-            batch.page_offsets,
-            attended,
-        )
+        if decodes:
+            self._decode.attend(
+                qkv,
+                cache,
+                table.block_tables,
+                batch.rows,
+                batch.starts,
+                batch.sizes,
+                batch.page_offsets,
+                attended,
+            )
         if prefills:
             self._prefill.attend(
                 index,

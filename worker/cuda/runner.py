@@ -135,7 +135,11 @@ class CudaRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Record every graph, on a batch without rows."""
+        """Record the graphs of steps that decode and of steps that prefill, without any rows.
+
+        That of a step that does both is recorded when one of its size first comes: it delays that
+        one by some 30 ms, where recording all of them here would delay every start.
+        """
         with self._startup.phase("record graphs"), torch.cuda.stream(self._stream):
             slot = self._transfer.take()
             self._transfer.begin(slot, b"")
@@ -178,11 +182,13 @@ class CudaRunner:
         if num_rows is not None and num_tokens == num_decode_rows:
             self._graphs.run(("decode", num_rows), partial(self._decode, num_rows))
             return
+        decodes = num_decode_rows > 0
         padded = smallest_worth(self._token_buckets, num_tokens)
         if padded is not None:
-            self._graphs.run(("mixed", padded), partial(self._prefill, padded))
+            key = ("mixed" if decodes else "prefill", padded)
+            self._graphs.run(key, partial(self._prefill, padded, decodes))
         else:
-            self._prefill(-(-num_tokens // _PADDING) * _PADDING)
+            self._prefill(-(-num_tokens // _PADDING) * _PADDING, decodes)
         if num_samples:
             self._sample(num_samples)
 
@@ -194,10 +200,10 @@ class CudaRunner:
         self._draw(num_rows)
 
     @torch.inference_mode()
-    def _prefill(self, num_tokens: int) -> None:
+    def _prefill(self, num_tokens: int, decodes: bool) -> None:
         """A step in which rows of several new tokens take part, but for what only samples need."""
         self._make_batch(num_tokens)
-        self._decoder.prefill(self._batch, self._sequences, num_tokens)
+        self._decoder.prefill(self._batch, self._sequences, num_tokens, decodes=decodes)
 
     def _sample(self, num_samples: int) -> None:
         size = smallest(self._sample_buckets, num_samples)
