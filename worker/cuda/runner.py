@@ -34,7 +34,7 @@ from mili.worker.cuda.pending_step import PendingStep
 from mili.worker.cuda.staging import order_rows, pack_deltas, pack_rows
 from mili.worker.cuda.transfer import Transfer
 from mili.worker.models.config import context_limit, read_decoder_config
-from mili.worker.sequence_table import SequenceTable
+from mili.worker.sequence_table import SequenceTable, Taken
 from mili.worker.startup import Startup
 
 log = structlog.get_logger()
@@ -159,17 +159,26 @@ class CudaRunner:
 
         Leaves the runner's stream as the thread's current one.
         """
-        applied = self._table.apply(command)
-        rows = order_rows(applied.rows, applied.starts, applied.counts, self._table.num_known)
+        taken = self._table.take(command)
+        try:
+            pending = self._launch(command, taken)
+        finally:
+            # While the device works. Of a launch that failed it may be the cause.
+            self._table.check(command, taken)
+        rows = pending.rows
+        self._table.advance(rows.rows, rows.ends, rows.samples)
+        return pending
+
+    def _launch(self, command: StepCommand, taken: Taken) -> PendingStep:
+        rows = order_rows(taken.rows, taken.starts, taken.counts, self._table.num_known)
         slot = self._transfer.take()
-        pack_rows(rows, command, len(applied.appended) // 3, slot.columns)
+        pack_rows(rows, command, len(taken.appended) // 3, slot.columns)
         torch.cuda.set_stream(self._stream)
         torch.cuda.nvtx.range_push(f"step {command.step}")  # type: ignore[no-untyped-call]
-        self._transfer.begin(slot, pack_deltas(command, applied.appended))
+        self._transfer.begin(slot, pack_deltas(command, taken.appended))
         self._run(rows.num_tokens, rows.num_decode_rows, rows.num_samples)
         self._transfer.end(slot)
         torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
-        self._table.advance(rows.rows, rows.ends, rows.samples)
         return PendingStep(command.step, rows, slot)
 
     def execute(self, command: StepCommand) -> StepResult:
