@@ -42,6 +42,29 @@ def head_norm_(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> None:
     torch.mul(functional.rms_norm(x, x.shape[-1:], None, epsilon), weight, out=x)
 
 
+def gather_samples(
+    x: torch.Tensor,
+    attended: torch.Tensor,
+    token_rows: torch.Tensor,
+    sample_index: torch.Tensor,
+    faulted: torch.Tensor,
+    sizes: torch.Tensor,
+    out_x: torch.Tensor,
+    out_attended: torch.Tensor,
+) -> None:
+    """Look for faults in x and attended of all tokens, and copy those of the tokens that sample.
+
+    Shapes and dtypes as in samples.py; any float. Padding, from sizes[0] on, is not looked at.
+    """
+    require(x.ndim == attended.ndim == 2 and len(x) == len(attended), "x must fit attended")
+    tokens = slice(int(sizes[0]))
+    x, attended, samples = x[tokens], attended[tokens], sample_index[tokens]
+    finite = x.isfinite().all(dim=1) & attended.isfinite().all(dim=1)
+    faulted[token_rows[tokens][~finite].long()] = 1
+    places = samples[samples >= 0].long()
+    out_x[places], out_attended[places] = x[samples >= 0], attended[samples >= 0]
+
+
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """Return silu(gate) * up, [tokens, size], for gate_up [tokens, 2 * size] (SwiGLU)."""
     require(gate_up.ndim == 2 and gate_up.shape[1] % 2 == 0, "gate_up must be [tokens, 2 * size]")

@@ -1,9 +1,11 @@
 """How much each row holds: known and computed tokens, blocks.
 
 Owns the check that router and worker agree on the rows. Does not know what the tokens and blocks
-are, computes nothing, and never frees: a row is overwritten when it is admitted again. A step waits
-for this before it can be launched. Most steps that somebody waits for have few rows, and for these
-plain lists are several times faster than arrays; for 256 they are as fast.
+are, computes nothing, and never frees: a row is overwritten when it is admitted again.
+
+A step waits for `take` before it can be launched; `check` may come while the device works already,
+if it comes before anybody hears of the step. Most steps that somebody waits for have few rows, and
+for these plain lists are several times faster than arrays; for 256 they are as fast.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import numpy as np
 
 from mili.internal.v1.step_pb2 import Admission, StepCommand, Task
 
+TOKEN_BYTES = 4  # of an admission
+
 
 class CommandError(Exception):
     """A command contradicts what this worker holds: router and worker have drifted apart.
@@ -23,8 +27,8 @@ class CommandError(Exception):
     """
 
 
-class Applied(NamedTuple):
-    """A command that was taken over: its rows, and its appended blocks."""
+class Taken(NamedTuple):
+    """A command's rows, and its appended blocks."""
 
     rows: list[int]
     starts: list[int]
@@ -62,15 +66,36 @@ class SequenceTable:
         self.num_known = [0] * self.max_rows
         self.faulted.clear()
 
-    def apply(self, command: StepCommand) -> Applied:
-        """Take over admissions and blocks, and check the rows. Raises CommandError."""
+    def take(self, command: StepCommand) -> Taken:
+        """Count admissions and blocks: all that a launch needs. `check` must follow.
+
+        Raises CommandError for a row that does not exist.
+        """
+        num_blocks = self.num_blocks
+        appended: list[int] = []
+        try:
+            for admission in command.admissions:
+                row = admission.row
+                self.num_known[row] = len(admission.token_ids) // TOKEN_BYTES
+                self.num_computed[row] = -1
+                num_blocks[row] = 0
+                self.faulted.discard(row)
+            for row, block in zip(command.block_rows, command.block_ids, strict=False):
+                index = num_blocks[row]
+                num_blocks[row] = index + 1
+                appended += (row, index, block)
+        except IndexError as error:
+            raise CommandError(f"there is no row {row}") from error
+        rows, starts, counts = list(command.rows), list(command.starts), list(command.num_tokens)
+        return Taken(rows, starts, counts, appended)
+
+    def check(self, command: StepCommand, taken: Taken) -> None:
+        """Does the command that was just taken fit what the rows hold? Raises CommandError."""
         _require(not command.copies, "block copies are not supported")
         for admission in command.admissions:
-            self._admit(admission)
-        appended = self._append_blocks(list(command.block_rows), list(command.block_ids))
-        rows, starts, counts = list(command.rows), list(command.starts), list(command.num_tokens)
-        self._check(rows, starts, counts)
-        return Applied(rows, starts, counts, appended)
+            self._check_admission(admission)
+        self._check_blocks(list(command.block_rows), list(command.block_ids))
+        self._check_rows(taken.rows, taken.starts, taken.counts)
 
     def advance(self, rows: Sequence[int], ends: Sequence[int], samples: Sequence[bool]) -> None:
         """The step that computes `rows` up to `ends` was launched; those of `samples`, [rows],
@@ -79,9 +104,9 @@ class SequenceTable:
             self.num_computed[row] = end
             self.num_known[row] += sampled
 
-    def _admit(self, admission: Admission) -> None:
+    def _check_admission(self, admission: Admission) -> None:
         row, sampling = admission.row, admission.sampling
-        _require(0 < row < self.max_rows, "there is no row {}", row)
+        _require(row > 0, "there is no row {}", row)
         _require(admission.task in (Task.TASK_UNSPECIFIED, Task.TASK_GENERATE), "unknown task")
         unsupported = (
             admission.adapter,
@@ -94,32 +119,25 @@ class SequenceTable:
             sampling.allowed_token_ids,
         )
         _require(not any(unsupported), "row {} asks for what this worker cannot do", row)
+        _require(len(admission.token_ids) % TOKEN_BYTES == 0, "row {}: half a token id", row)
         token_ids = np.frombuffer(admission.token_ids, "<u4")
         _require(0 < len(token_ids) <= self.max_model_len, "row {}: {} tokens", row, len(token_ids))
         _require(int(token_ids.max()) < self._vocab_size, "row {}: token id out of range", row)
         suppressed = max(sampling.suppressed_token_ids, default=0)
         _require(suppressed < self._vocab_size, "row {}: suppressed id", row)
-        self.num_known[row] = len(token_ids)
-        self.num_blocks[row] = 0
-        self.num_computed[row] = -1
-        self.faulted.discard(row)
 
-    def _append_blocks(self, rows: list[int], blocks: list[int]) -> list[int]:
+    def _check_blocks(self, rows: list[int], blocks: list[int]) -> None:
+        """rows, blocks: of what was appended."""
         _require(len(rows) == len(blocks), "block columns differ")
-        ends: dict[int, int] = {}
-        appended: list[int] = []
-        for row, block in zip(rows, blocks, strict=True):
-            _require(0 < row < self.max_rows, "there is no row {}", row)
+        if not rows:
+            return
+        _require(0 not in rows, "there is no row 0")
+        for block in (min(blocks), max(blocks)):
             _require(0 < block < self._max_blocks, "there is no block {}", block)
-            index = ends[row] if row in ends else self.num_blocks[row]
-            ends[row] = index + 1
-            appended += (row, index, block)
-        _require(max(ends.values(), default=0) <= self.max_row_blocks, "a row has too many blocks")
-        for row, end in ends.items():
-            self.num_blocks[row] = end
-        return appended
+        longest = max(self.num_blocks[row] for row in rows)
+        _require(longest <= self.max_row_blocks, "a row has too many blocks")
 
-    def _check(self, rows: list[int], starts: list[int], counts: list[int]) -> None:
+    def _check_rows(self, rows: list[int], starts: list[int], counts: list[int]) -> None:
         _require(len(rows) == len(starts) == len(counts), "row columns differ")
         _require(len(set(rows)) == len(rows), "a row is named twice")
         _require(not rows or 0 < min(rows) <= max(rows) < self.max_rows, "no such row")

@@ -19,7 +19,7 @@ import torch
 from mili.worker.sequence_table import CommandError
 from tests.gpu.oracle import Oracle
 from tests.gpu.steps import GREEDY, OUTPUT_TOKENS, SETTINGS, Tokens, generate, sampled
-from tests.model_folders import make_model_folder
+from tests.model_folders import Family, make_model_folder
 from tests.step_driver import StepDriver
 
 pytestmark = pytest.mark.gpu
@@ -52,7 +52,7 @@ def oracle(folder: Path) -> Oracle:
 
 @pytest.fixture(scope="module")
 def driver(folder: Path) -> Iterator[StepDriver]:
-    """With every graph recorded; each test restarts it."""
+    """With the graphs recorded that a worker starts with; each test restarts it."""
     driver = StepDriver(folder, **SETTINGS)
     driver.runner.warm_up()
     yield driver
@@ -149,6 +149,36 @@ def test_rows_that_join_while_others_decode(driver: StepDriver, oracle: Oracle) 
         driver.run(list(inputs)[:row], output_tokens=2, chunk=50)
     driver.run(list(reversed(inputs)), output_tokens=10)
     check_greedy(oracle, driver.tokens, inputs, "rows that join")
+
+
+def test_graphs_are_recorded_while_steps_are_in_flight(
+    driver: StepDriver, oracle: Oracle, folder: Path
+) -> None:
+    inputs = prompts(1, 40, 17, 129, 300, 64)
+    cold = StepDriver(folder, **SETTINGS)
+    tokens = generate(cold, inputs, chunk=100, depth=4)
+    check_greedy(oracle, tokens, inputs, "graphs recorded on the way")
+    oracle.check_same(generate(driver, inputs, chunk=100), tokens, "recorded before and on the way")
+
+
+@pytest.mark.parametrize(("family", "dtype"), [("qwen3", "bfloat16"), ("qwen2", "float16")])
+def test_a_model_of_one_layer(family: Family, dtype: str, tmp_path: Path) -> None:
+    """The first layer is the last one, too. No graph is recorded before it is needed."""
+    folder = make_model_folder(
+        tmp_path / "model",
+        family,
+        hidden_size=512,
+        intermediate_size=1024,
+        layers=1,
+        heads=8,
+        kv_heads=2,
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=2048,
+        dtype=getattr(torch, dtype),
+    )
+    driver = StepDriver(folder, **SETTINGS | {"dtype": dtype})
+    inputs = prompts(*LENGTHS)
+    check_greedy(Oracle(folder), generate(driver, inputs, chunk=40), inputs, "one layer")
 
 
 @pytest.mark.parametrize("depth", [2, 4])

@@ -62,13 +62,18 @@ def faults(result: StepResult) -> list[int]:
 @contextmanager
 def infinite_logit(driver: StepDriver, token_id: int = 5) -> Iterator[None]:
     """Meanwhile the head's row of one token is infinite."""
-    head: torch.Tensor = driver.runner._decoder._head  # [vocab, hidden]
+    with infinite(driver.runner._decoder.weights.head[token_id]):
+        yield
+
+
+@contextmanager
+def infinite(weight: torch.Tensor) -> Iterator[None]:
     with torch.inference_mode():
-        before = head[token_id].clone()
-        head[token_id] = torch.inf
+        before = weight.clone()
+        weight.fill_(torch.inf)
         torch.cuda.synchronize()
         yield
-        head[token_id] = before
+        weight.copy_(before)
         torch.cuda.synchronize()
 
 
@@ -138,6 +143,45 @@ def test_logits_that_are_not_finite_are_a_fault(driver: StepDriver) -> None:
         result = driver.step({1: 5, 2: 4})
         assert faults(result) == [0]
         assert list(result.num_new) == [0, 0]
+
+
+@pytest.mark.parametrize("decode_too", [False, True])
+def test_a_fault_of_the_last_mlp_is_one_of_the_rows_that_sample(
+    driver: StepDriver, decode_too: bool
+) -> None:
+    """What no token of a chunk needs is not computed, and cannot fault."""
+    driver.restart()
+    driver.admit(1, healthy(5), GREEDY)
+    driver.admit(2, healthy(40), GREEDY)
+    driver.step({1: 4})
+    layers = driver.runner._decoder.weights.layers
+    with infinite(layers[-1].down[3]):
+        result = driver.step({2: 30, 1: 1} if decode_too else {2: 30})
+        assert faults(result) == ([1] if decode_too else [])
+        result = driver.step({2: 10})
+        assert faults(result) == [0]
+        assert list(result.num_new) == [0]
+    # Any earlier layer's is one of keys and values: every token has to know.
+    driver.admit(3, healthy(40), GREEDY)
+    with infinite(layers[-2].down[3]):
+        assert faults(driver.step({3: 30})) == [0]
+
+
+def test_what_a_step_left_behind_faults_no_later_one(driver: StepDriver) -> None:
+    """Samples are padded with those of earlier steps, which were not finite here."""
+    seen = []
+    for first in (1, POISON):
+        driver.restart()
+        for row in range(1, 8):
+            driver.admit(row, [first, *healthy(9)], GREEDY)
+        result = driver.step(dict.fromkeys(range(1, 8), 10))
+        assert faults(result) == ([*range(7)] if first == POISON else [])
+        for row in range(11, 16):
+            driver.admit(row, healthy(10, row), GREEDY)
+        result = driver.step(dict.fromkeys(range(11, 16), 10))
+        assert faults(result) == []
+        seen.append(list(result.token_ids))
+    assert seen[0] == seen[1] and len(seen[0]) == 5
 
 
 def test_null_block_and_null_row_are_never_read(driver: StepDriver) -> None:

@@ -184,17 +184,30 @@ def our_logits(driver: StepDriver, token_ids: Sequence[int], chunk: int) -> torc
 def step_logits(runner: Any, num_tokens: int) -> torch.Tensor:  # noqa: ANN401
     """Logits after each token of the step of one row that just ended, [num_tokens, vocab] float32.
 
-    Takes the residual stream before the last norm, which the step left behind, and gives it to the
-    runner's own norm and head, as many at a time as a step may sample.
+    Takes the residual stream, which the step left behind, and gives it to what the runner itself
+    has for samples, as many at a time as a step may have. A step of one token left it behind the
+    last layer, one of more within.
     """
     decoder = runner._decoder
-    hidden, sampled = decoder.activations.x[:num_tokens], decoder.activations.sampled
-    normed = torch.empty_like(hidden)
-    rms_norm(hidden, decoder._norm, normed, decoder._config.norm_epsilon)
+    x, attended = (
+        each[:num_tokens] for each in (decoder.activations.x, decoder.activations.attended)
+    )
+    last_x, last_attended = decoder.activations.last_x, decoder.activations.last_attended
     parts = []
-    for part in normed.split(len(sampled)):
-        sampled[: len(part)] = part
-        parts.append(decoder.compute_logits(len(part)).clone())
+    for own_x, own_attended in zip(x.split(len(last_x)), attended.split(len(last_x)), strict=True):
+        samples = len(own_x)
+        last_x[:samples], last_attended[:samples] = own_x, own_attended
+        if num_tokens > 1:
+            decoder._layers.end(
+                decoder._config.num_layers - 1, last_x[:samples], last_attended[:samples]
+            )
+        rms_norm(
+            last_x[:samples],
+            decoder.weights.norm,
+            decoder.activations.sampled[:samples],
+            decoder._config.norm_epsilon,
+        )
+        parts.append(decoder.compute_logits(samples).clone())
     torch.cuda.synchronize()
     return torch.cat(parts)
 

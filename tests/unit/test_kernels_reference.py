@@ -10,6 +10,7 @@ import torch
 
 from mili.kernels.linear import linear, linear_add, pack_linear
 from mili.kernels.reference import (
+    gather_samples,
     head_norm_,
     paged_attention,
     plan_attention,
@@ -76,6 +77,19 @@ def test_silu_and_mul(dtype: torch.dtype) -> None:
     gate_up = draw(5, 48, dtype=dtype) * 3
     gate, up = gate_up[:, :24].double(), gate_up[:, 24:].double()
     assert_near(silu_and_mul(gate_up), gate / (1 + torch.exp(-gate)) * up)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_samples_are_gathered_and_faults_of_all_tokens_marked(dtype: torch.dtype) -> None:
+    x, attended = draw(6, 8, dtype=dtype), draw(6, 16, dtype=dtype, seed=1)
+    rows, index = torch.tensor([3, 3, 4, 5, 6, 0]), torch.tensor([-1, 1, 0, -1, 2, 0])
+    x[0, 7], attended[3, 15], x[5] = torch.nan, torch.inf, torch.nan  # the last is padding
+    faulted, sizes = torch.zeros(8, dtype=torch.int32), torch.tensor([5, 4, 0, 3])
+    out_x, out_attended = torch.zeros(4, 8, dtype=dtype), torch.zeros(4, 16, dtype=dtype)
+    gather_samples(x, attended, rows, index, faulted, sizes, out_x, out_attended)
+    assert faulted.tolist() == [0, 0, 0, 1, 0, 1, 0, 0]
+    assert torch.equal(out_x[:3], x[[2, 1, 4]]) and not out_x[3].any()
+    assert torch.equal(out_attended[:3], attended[[2, 1, 4]]) and not out_attended[3].any()
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from typing import Any
 
 import pytest
 
@@ -56,16 +57,56 @@ def test_a_row_that_is_admitted_again_begins_without_blocks(table: CpuSequenceTa
     assert blocks_of(table, 1) == [9]
 
 
-def test_what_does_not_fit_is_refused_and_changes_nothing(table: CpuSequenceTable) -> None:
-    append(table, (1, 5))
-    with pytest.raises(CommandError, match="too many blocks"):
-        append(table, *((1, block) for block in range(1, MAX_BLOCKS + 1)))
-    with pytest.raises(CommandError, match="no block 20"):
-        append(table, (1, 6), (2, 20))
-    with pytest.raises(CommandError, match="no block 0"):
-        append(table, (1, 0))
-    with pytest.raises(CommandError, match="no row 5"):
-        append(table, (5, 6))
-    with pytest.raises(CommandError, match="columns differ"):
-        table.apply(StepCommand(block_rows=[1, 2], block_ids=[3]))
-    assert [blocks_of(table, row) for row in (1, 2)] == [[5], []]
+ADMITTED = array("I", [1]).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ({"block_rows": [1] * 5, "block_ids": [1, 2, 3, 4, 5]}, "too many blocks"),
+        ({"block_rows": [1, 2], "block_ids": [6, 20]}, "no block 20"),
+        ({"block_rows": [1], "block_ids": [0]}, "no block 0"),
+        ({"block_rows": [5], "block_ids": [6]}, "no row 5"),
+        ({"block_rows": [0], "block_ids": [6]}, "no row 0"),
+        ({"block_rows": [1, 2], "block_ids": [3]}, "columns differ"),
+        ({"admissions": [Admission(row=5, token_ids=ADMITTED)]}, "no row 5"),
+        ({"admissions": [Admission(row=0, token_ids=ADMITTED)]}, "no row 0"),
+        ({"admissions": [Admission(row=1)]}, "0 tokens"),
+        ({"admissions": [Admission(row=1, token_ids=ADMITTED * 65)]}, "65 tokens"),
+        ({"admissions": [Admission(row=1, token_ids=ADMITTED[:3])]}, "half a token"),
+        ({"admissions": [Admission(row=1, token_ids=b"\n\0\0\0")]}, "out of range"),
+        ({"admissions": [Admission(row=1, token_ids=ADMITTED, adapter=1)]}, "cannot do"),
+        ({"rows": [5], "starts": [0], "num_tokens": [1]}, "no such row"),
+        ({"rows": [0], "starts": [0], "num_tokens": [1]}, "no such row"),
+        ({"rows": [1], "starts": [0], "num_tokens": [1]}, "0 blocks"),
+        ({"rows": [1], "starts": [0, 1], "num_tokens": [1]}, "columns differ"),
+        ({"rows": [1, 1], "starts": [0, 0], "num_tokens": [1, 1]}, "named twice"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    table: CpuSequenceTable, command: dict[str, Any], reason: str
+) -> None:
+    """Taken or checked, nothing of it reaches what is computed with."""
+    before = table.token_ids.copy(), table.block_table.copy()
+    with pytest.raises(CommandError, match=reason):
+        table.apply(StepCommand(**command))
+    assert (before[0] == table.token_ids).all() and (before[1] == table.block_table).all()
+
+
+def test_what_was_taken_is_checked_against_what_is_held_now(table: CpuSequenceTable) -> None:
+    """As it is where the step is launched in between."""
+    command = StepCommand(
+        admissions=[Admission(row=1, token_ids=ADMITTED * 20)],
+        block_rows=[1, 1],
+        block_ids=[3, 4],
+        rows=[1],
+        starts=[16],
+        num_tokens=[4],
+    )
+    taken = table.take(command)
+    assert taken == ([1], [16], [4], [1, 0, 3, 1, 1, 4])
+    table.check(command, taken)
+    table.advance([1], [20], [True])
+    assert (table.num_known[1], table.num_computed[1], table.num_blocks[1]) == (21, 20, 2)
+    with pytest.raises(CommandError, match="has 20 computed, 21 known tokens and 2 blocks"):
+        table.check(command, taken)

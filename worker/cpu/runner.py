@@ -111,8 +111,8 @@ class CpuRunner:
     def execute(self, command: StepCommand) -> StepResult:
         """Execute one step. Raises CommandError, after which nothing more may be executed."""
         started = time.perf_counter()
-        applied = self._table.apply(command)
-        columns = (applied.rows, applied.starts, applied.counts)
+        taken = self._table.apply(command)
+        columns = (taken.rows, taken.starts, taken.counts)
         rows, starts, counts = (np.array(column, np.int64) for column in columns)
         num_new, token_ids = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
         alive = np.flatnonzero(~self._table.is_faulted(rows))

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mili.internal.v1.step_pb2 import Sampling, StepCommand
-from mili.worker.sequence_table import Applied, SequenceTable
+from mili.worker.sequence_table import SequenceTable, Taken
 
 IntArray = npt.NDArray[np.int64]
 
@@ -39,16 +39,17 @@ class CpuSequenceTable(SequenceTable):
         self.block_table = np.zeros((max_rows, self.max_row_blocks), np.int64)
         self.sampling = [Sampling()] * max_rows
 
-    def apply(self, command: StepCommand) -> Applied:
-        """Check a command and take it over. Raises CommandError."""
-        applied = super().apply(command)
+    def apply(self, command: StepCommand) -> Taken:
+        """Take a command over, and check it first. Raises CommandError."""
+        taken = self.take(command)
+        self.check(command, taken)
         for admission in command.admissions:
             token_ids = np.frombuffer(admission.token_ids, "<u4")
             self.token_ids[admission.row, : len(token_ids)] = token_ids
             self.sampling[admission.row] = admission.sampling
-        rows, indices, blocks = np.array(applied.appended, np.int64).reshape(-1, 3).T
+        rows, indices, blocks = np.array(taken.appended, np.int64).reshape(-1, 3).T
         self.block_table[rows, indices] = blocks
-        return applied
+        return taken
 
     def known(self, rows: IntArray) -> IntArray:
         """Known tokens of each row."""

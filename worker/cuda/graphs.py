@@ -28,7 +28,10 @@ class Graphs:
         return len(self._recorded)
 
     def run(self, key: Hashable, work: Work) -> None:
-        """Do the work of `key` on the current stream: the same launches whenever it is called."""
+        """Do the work of `key` on the current stream: the same launches whenever it is called.
+
+        Steps may be in flight while it is recorded, and another thread may wait for their events.
+        """
         graph = self._recorded.get(key)
         if graph is not None:
             graph.replay()

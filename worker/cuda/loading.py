@@ -18,12 +18,14 @@ from mili.kernels import (
     norm,
     prefill_attention,
     rope,
+    samples,
 )
 from mili.kernels.module import Constant, load_all
 from mili.kernels.step import MAX_ROWS
 from mili.worker.config import WorkerConfig
 from mili.worker.cuda.buckets import row_buckets
-from mili.worker.cuda.decoder import Decoder, few_rows_limit
+from mili.worker.cuda.decoder import Decoder
+from mili.worker.cuda.layers import few_rows_limit
 from mili.worker.dtype import choose_dtype
 from mili.worker.models.config import DecoderConfig
 from mili.worker.startup import Startup
@@ -82,6 +84,7 @@ def kernels_of(
         ),
     )
     yield prefill_attention.source(dtype, shape.head_dim)
+    yield "samples", samples.constants(dtype, hidden, q_size)
     yield "sampling", {"SCALAR": "__nv_bfloat16"}
     for rows in row_buckets(few_rows_limit(shape, dtype)):
         for n, k in ((qkv_size, hidden), (hidden, q_size), (hidden, size)):

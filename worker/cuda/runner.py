@@ -34,7 +34,7 @@ from mili.worker.cuda.pending_step import PendingStep
 from mili.worker.cuda.staging import order_rows, pack_deltas, pack_rows
 from mili.worker.cuda.transfer import Transfer
 from mili.worker.models.config import context_limit, read_decoder_config
-from mili.worker.sequence_table import SequenceTable
+from mili.worker.sequence_table import SequenceTable, Taken
 from mili.worker.startup import Startup
 
 log = structlog.get_logger()
@@ -135,7 +135,11 @@ class CudaRunner:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Record every graph, on a batch without rows."""
+        """Record the graphs of steps that decode and of steps that prefill, without any rows.
+
+        That of a step that does both is recorded when one of its size first comes: it delays that
+        one by some 30 ms, where recording all of them here would delay every start.
+        """
         with self._startup.phase("record graphs"), torch.cuda.stream(self._stream):
             slot = self._transfer.take()
             self._transfer.begin(slot, b"")
@@ -155,17 +159,26 @@ class CudaRunner:
 
         Leaves the runner's stream as the thread's current one.
         """
-        applied = self._table.apply(command)
-        rows = order_rows(applied.rows, applied.starts, applied.counts, self._table.num_known)
+        taken = self._table.take(command)
+        try:
+            pending = self._launch(command, taken)
+        finally:
+            # While the device works. Of a launch that failed it may be the cause.
+            self._table.check(command, taken)
+        rows = pending.rows
+        self._table.advance(rows.rows, rows.ends, rows.samples)
+        return pending
+
+    def _launch(self, command: StepCommand, taken: Taken) -> PendingStep:
+        rows = order_rows(taken.rows, taken.starts, taken.counts, self._table.num_known)
         slot = self._transfer.take()
-        pack_rows(rows, command, len(applied.appended) // 3, slot.columns)
+        pack_rows(rows, command, len(taken.appended) // 3, slot.columns)
         torch.cuda.set_stream(self._stream)
         torch.cuda.nvtx.range_push(f"step {command.step}")  # type: ignore[no-untyped-call]
-        self._transfer.begin(slot, pack_deltas(command, applied.appended))
+        self._transfer.begin(slot, pack_deltas(command, taken.appended))
         self._run(rows.num_tokens, rows.num_decode_rows, rows.num_samples)
         self._transfer.end(slot)
         torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
-        self._table.advance(rows.rows, rows.ends, rows.samples)
         return PendingStep(command.step, rows, slot)
 
     def execute(self, command: StepCommand) -> StepResult:
@@ -178,22 +191,40 @@ class CudaRunner:
         if num_rows is not None and num_tokens == num_decode_rows:
             self._graphs.run(("decode", num_rows), partial(self._decode, num_rows))
             return
+        decodes = num_decode_rows > 0
         padded = smallest_worth(self._token_buckets, num_tokens)
         if padded is not None:
-            compute = partial(self._compute, padded, prefills=True)
-            self._graphs.run(("mixed", padded), compute)
+            key = ("mixed" if decodes else "prefill", padded)
+            self._graphs.run(key, partial(self._prefill, padded, decodes))
         else:
-            self._compute(-(-num_tokens // _PADDING) * _PADDING, prefills=True)
+            self._prefill(-(-num_tokens // _PADDING) * _PADDING, decodes)
         if num_samples:
             self._sample(num_samples)
 
+    @torch.inference_mode()
     def _decode(self, num_rows: int) -> None:
         """A whole step in which every row has one new token; nearly all of them sample."""
-        self._compute(num_rows, prefills=False)
-        self._compute_samples(num_rows)
+        self._make_batch(num_rows)
+        self._decoder.decode(self._batch, self._sequences, num_rows)
+        self._draw(num_rows)
 
     @torch.inference_mode()
-    def _compute(self, num_tokens: int, *, prefills: bool) -> None:
+    def _prefill(self, num_tokens: int, decodes: bool) -> None:
+        """A step in which rows of several new tokens take part, but for what only samples need."""
+        self._make_batch(num_tokens)
+        self._decoder.prefill(self._batch, self._sequences, num_tokens, decodes=decodes)
+
+    def _sample(self, num_samples: int) -> None:
+        size = smallest(self._sample_buckets, num_samples)
+        assert size is not None, num_samples
+        self._graphs.run(("sample", size), partial(self._finish, size))
+
+    @torch.inference_mode()
+    def _finish(self, num_samples: int) -> None:
+        self._decoder.finish(self._batch, self._sequences, num_samples)
+        self._draw(num_samples)
+
+    def _make_batch(self, num_tokens: int) -> None:
         make_batch(
             self._transfer.input,
             self._sequences,
@@ -201,15 +232,8 @@ class CudaRunner:
             num_padded=num_tokens,
             block_size=self._block_size,
         )
-        self._decoder.forward(self._batch, self._sequences, num_tokens, prefills=prefills)
 
-    def _sample(self, num_samples: int) -> None:
-        size = smallest(self._sample_buckets, num_samples)
-        assert size is not None, num_samples
-        self._graphs.run(("sample", size), partial(self._compute_samples, size))
-
-    @torch.inference_mode()
-    def _compute_samples(self, num_samples: int) -> None:
+    def _draw(self, num_samples: int) -> None:
         self._sampler.sample(
             self._decoder.compute_logits(num_samples),
             self._sequences.sampling,

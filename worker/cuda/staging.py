@@ -20,8 +20,8 @@ from mili.kernels.step import (
     SIZES,
     STARTS,
 )
+from mili.worker.sequence_table import TOKEN_BYTES
 
-TOKEN_BYTES = 4
 _MAX_INT = 2**31 - 1
 
 

@@ -14,6 +14,7 @@ import torch
 from mili.kernels.activation import silu_and_mul
 from mili.kernels.norm import add_rms_norm_, embed_rms_norm, final_norm, rms_norm
 from mili.kernels.rope import qk_norm_rope_write, rope_table
+from mili.kernels.samples import gather_samples
 from tests.performance.kernels.line import Line, line, timed
 
 TOKENS = (1, 64, 256, 8192)
@@ -53,6 +54,7 @@ def _jobs(model: Model, tokens: int) -> Iterator[tuple[str, Job]]:
     yield "add_rms_norm", _add_rms_norm(model, tokens)
     yield "embed_rms_norm", _embed_rms_norm(model, tokens)
     yield "final_norm", _final_norm(model, tokens)
+    yield "gather_samples", _gather_samples(model, tokens)
     yield "qk_norm_rope_write", _rope(model, tokens)
     yield "silu_and_mul", _silu_and_mul(model, tokens)
 
@@ -96,12 +98,34 @@ def _embed_rms_norm(model: Model, tokens: int) -> Job:
     return 6 * tokens * model.hidden, [call() for _ in range(_INPUTS)]
 
 
+def _gather_samples(model: Model, tokens: int) -> Job:
+    """Of 8192 tokens 16 sample, of fewer one."""
+    samples, attended_size = 16 if tokens > 256 else 1, model.heads * _HEAD_DIM
+    sample_index, rows, faulted = _last_sample(tokens, samples), _ints(256, tokens), _ints(1, 256)
+    sizes = torch.tensor([tokens, 0, 0, samples], dtype=torch.int32, device=_DEVICE)
+
+    def call() -> Callable[[], None]:
+        x, attended = _random(tokens, model.hidden), _random(tokens, attended_size)
+        out_x, out_attended = _random(samples, model.hidden), _random(samples, attended_size)
+        return lambda: gather_samples(
+            x, attended, rows, sample_index, faulted, sizes, out_x, out_attended
+        )
+
+    size = model.hidden + attended_size
+    return 2 * (tokens + samples) * size, [call() for _ in range(_INPUTS)]
+
+
+def _last_sample(tokens: int, samples: int) -> torch.Tensor:
+    """The sample index of each token."""
+    sample_index = torch.full((tokens,), -1, dtype=torch.int32, device=_DEVICE)
+    sample_index[-samples:] = torch.arange(samples, dtype=torch.int32, device=_DEVICE)
+    return sample_index
+
+
 def _final_norm(model: Model, tokens: int) -> Job:
     """Of 8192 tokens 16 are sampled, as in a step of prefill; of fewer all, as in decode."""
     weight, samples = _random(model.hidden), 16 if tokens > 256 else tokens
-    sample_index = torch.full((tokens,), -1, dtype=torch.int32, device=_DEVICE)
-    sample_index[-samples:] = torch.arange(samples, dtype=torch.int32, device=_DEVICE)
-    rows, faulted = _ints(256, tokens), _ints(1, 256)
+    sample_index, rows, faulted = _last_sample(tokens, samples), _ints(256, tokens), _ints(1, 256)
     sizes = torch.tensor([tokens, 0, 0, samples], dtype=torch.int32, device=_DEVICE)
 
     def call() -> Callable[[], None]:
