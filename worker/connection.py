@@ -1,10 +1,16 @@
-"""The worker's end of the link: a thread that owns a ZeroMQ DEALER.
+"""The worker's end of the link: a ZeroMQ DEALER, and a thread that listens to it.
 
 Owns the socket, its thread and the hand-over between it and the step loop. Does not know what
 frames mean (session.py) or how steps are executed. The only file that imports zmq here.
 
-Results and commands pass between the two threads through SimpleQueues; how many commands may wait
-is bounded by the router, which sends no more than its pipeline depth ahead of the results.
+Commands pass to the step loop through a SimpleQueue; how many may wait is bounded by the router,
+which sends no more than its pipeline depth ahead of the results. A result is sent by the thread
+that has it: waking another one first would cost more than all the rest of its way.
+
+Session and socket belong to who holds the lock, which is as good as one thread to ZeroMQ. Hence
+nobody may poll the socket itself: the thread waits for its file descriptor. That one tells of what
+is new only once, to whoever uses the socket next: so that is the last thing both ask, with the lock
+held, and what the other is not told of by then it will be told by the descriptor.
 """
 
 from __future__ import annotations
@@ -12,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import math
 import queue
+import select
 import socket
 import threading
 import time
@@ -43,7 +50,8 @@ FAREWELL_SECONDS = 0.5
 
 
 class Connection:
-    """receive, send and close are the step loop's; everything else runs on the own thread."""
+    """send may be called from any thread, receive and close are the step loop's; everything else
+    runs on the own thread."""
 
     def __init__(
         self,
@@ -58,14 +66,14 @@ class Connection:
 
         Raises ValueError for an address that ZeroMQ does not take.
         """
+        # Holds session and socket. Nothing waits while it has it.
+        self._lock = threading.Lock()
+        self._is_closed = False
         self._session = Session(hello, time.monotonic())
         self._progress = progress
         self._on_serving = on_serving
         self._serving = False
         self._inbox: queue.SimpleQueue[Event | Exception] = queue.SimpleQueue()
-        self._outbox: queue.SimpleQueue[tuple[int, Ready | StepResult | Failure]] = (
-            queue.SimpleQueue()
-        )
         self._interruption: Exception | None = None
         self._closing = threading.Event()
         # A byte through this pair wakes the thread from its poll.
@@ -75,9 +83,11 @@ class Connection:
         self._router = router
         self._keys = keys
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._poller = zmq.Poller()
-        self._poller.register(self._woken.fileno(), zmq.POLLIN)
-        self._connect()
+        try:
+            self._connect()
+        except ValueError:
+            self._close_sockets()
+            raise
         self._thread = threading.Thread(target=self._run, name="connection", daemon=True)
         self._thread.start()
 
@@ -101,9 +111,18 @@ class Connection:
         return self._session.epoch
 
     def send(self, epoch: int, body: Ready | StepResult | Failure) -> None:
-        """Send a frame, if its epoch is still open when its turn comes."""
-        self._outbox.put((epoch, body))
-        self._wake_up()
+        """Send a frame, if its epoch is open; what the router does not take now goes later."""
+        with self._lock:
+            if self._is_closed:
+                return
+            self._session.send(epoch, body)
+            is_new = True
+            # The thread meets the same error, and tells the step loop.
+            with contextlib.suppress(zmq.ZMQError):
+                self._flush()
+                is_new = self._can_go_on() or self._session.is_ready != self._serving
+        if is_new:
+            self._wake_up()
 
     def stop(self, reason: str) -> None:
         """Let receive return Dismissed(reason) once what waits is received. Signal-safe."""
@@ -126,15 +145,16 @@ class Connection:
         try:
             self._socket.connect(self._router)
         except zmq.ZMQError as error:
-            self._close_sockets()
             raise ValueError(
                 f"router {self._router} is not an address: {error.strerror}"
             ) from error
+        self._poll = select.poll()
+        self._poll.register(self._woken, select.POLLIN)
+        self._poll.register(self._socket, select.POLLIN)  # its descriptor
 
     def _reconnect_if_unanswered(self, now: float) -> None:
         unanswered = self._session.unanswered_hellos > 1
         if unanswered and now - self._connected_at > RECONNECT_SECONDS:
-            self._poller.unregister(self._socket)
             self._socket.close()
             self._connect()
 
@@ -156,25 +176,26 @@ class Connection:
     def _serve(self) -> None:
         next_beat = time.monotonic()
         ends_at = float("inf")
+        can_go_on = True
         while time.monotonic() < ends_at:
-            blocked = zmq.POLLOUT if self._session.outgoing else 0
-            self._poller.register(self._socket, zmq.POLLIN | blocked)
-            self._poller.poll(math.ceil(max(0.0, next_beat - time.monotonic()) * 1000))
-            # Looked at before the outbox: what was sent before close is taken along.
+            seconds = 0.0 if can_go_on else max(0.0, next_beat - time.monotonic())
+            self._poll.poll(math.ceil(seconds * 1000))
             closing = self._closing.is_set()
             self._drain_wake()
-            self._receive_frames()
-            self._take_outbox()
-            now = time.monotonic()
-            if now >= next_beat:
-                self._session.tick(self._progress.heartbeat(now), now)
-                next_beat = now + HEARTBEAT_SECONDS
-                self._reconnect_if_unanswered(now)
-            self._flush()
-            self._tell_serving(self._session.is_ready)
+            with self._lock:
+                self._receive_frames()
+                now = time.monotonic()
+                if now >= next_beat:
+                    self._session.tick(self._progress.heartbeat(now), now)
+                    next_beat = now + HEARTBEAT_SECONDS
+                    self._reconnect_if_unanswered(now)
+                self._flush()
+                is_ready, is_done = self._session.is_ready, not self._session.outgoing
+                can_go_on = self._can_go_on()
+            self._tell_serving(is_ready)
             if closing:
                 ends_at = min(ends_at, now + FAREWELL_SECONDS)
-                if not self._session.outgoing:
+                if is_done:
                     return
 
     def _drain_wake(self) -> None:
@@ -190,16 +211,17 @@ class Connection:
                 if event is not None:
                     self._inbox.put(event)
 
-    def _take_outbox(self) -> None:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._session.send(*self._outbox.get_nowait())
-
     def _flush(self) -> None:
         with contextlib.suppress(zmq.Again):
             while self._session.outgoing:
                 self._socket.send(self._session.outgoing[0], zmq.DONTWAIT)
                 self._session.outgoing.popleft()
+
+    def _can_go_on(self) -> bool:
+        """Whether a frame can be received, or a waiting one sent. If not, the descriptor will tell
+        when: nobody may use the socket after this without asking again."""
+        events = int(self._socket.getsockopt(zmq.EVENTS))
+        return bool(events & zmq.POLLIN or (self._session.outgoing and events & zmq.POLLOUT))
 
     def _tell_serving(self, serving: bool) -> None:
         if serving != self._serving:
@@ -207,7 +229,9 @@ class Connection:
             self._on_serving(serving)
 
     def _close_sockets(self) -> None:
-        self._socket.close(linger=int(FAREWELL_SECONDS * 1000))
+        with self._lock:
+            self._is_closed = True
+            self._socket.close(linger=int(FAREWELL_SECONDS * 1000))
         self._context.term()
         self._wake.close()
         self._woken.close()
