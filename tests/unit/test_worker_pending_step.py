@@ -59,6 +59,18 @@ def test_tokens_and_faults_stand_in_the_commands_order() -> None:
     assert [(fault.index, fault.kind) for fault in result.faults] == [(3, ROW_FAULT_KIND_NUMERIC)]
 
 
+@pytest.mark.parametrize("faulted", [False, True])
+def test_rows_that_stand_in_order_already(faulted: bool) -> None:
+    rows = order_rows([3, 1, 2], [4, 6, 8], [1, 1, 1], [0, 7, 10, 5])
+    result = PendingStep(2, rows, slot([21, 22], faulted=[0, 0, int(faulted)])).result()
+    assert list(result.num_new) == [1, 1, 0], "row 2 has a token more than it computes"
+    assert list(result.token_ids) == [21, 22]
+    assert [fault.index for fault in result.faults] == [2] * faulted
+    result = PendingStep(2, rows, slot([21, 22], faulted=[int(faulted), 0, 0])).result()
+    assert list(result.num_new) == [int(not faulted), 1, 0]
+    assert list(result.token_ids) == [21, 22][faulted:]
+
+
 def test_a_faulted_chunk_is_told_though_it_has_no_token() -> None:
     rows = order_rows([1, 2], [0, 4], [64, 1], [0, 100, 5])
     result = PendingStep(1, rows, slot([3], faulted=[0, 1])).result()

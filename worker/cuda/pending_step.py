@@ -22,24 +22,34 @@ class PendingStep(NamedTuple):
 
     def result(self) -> StepResult:
         """Wait for the step's end. May be called from another thread."""
-        self.slot.ended.synchronize()
-        rows, output = self.rows, self.slot.output
-        sampled = iter(output[: rows.num_samples].tolist())
-        faulted = output[MAX_ROWS : MAX_ROWS + len(rows.order)].tolist()
-        tokens: dict[int, int] = {}  # by place in the command
+        rows, slot = self.rows, self.slot
+        # While the device works: what it will say if no row is faulted.
+        result = StepResult(step=self.step, num_new=map(int, rows.samples))
+        is_in_order = isinstance(rows.order, range)
+        slot.ended.synchronize()
+        result.device_microseconds = round(slot.started.elapsed_time(slot.ended) * 1000)
+        tokens = slot.output[: rows.num_samples].tolist()
+        faulted = slot.output[MAX_ROWS : MAX_ROWS + len(rows.rows)].tolist()
+        if is_in_order and 1 not in faulted:
+            result.token_ids.extend(tokens)
+        else:
+            self._sort_into(result, tokens, faulted)
+        return result
+
+    def _sort_into(self, result: StepResult, tokens: list[int], faulted: list[int]) -> None:
+        """Into the command's order, without the tokens of faulted rows."""
+        rows, remaining = self.rows, iter(tokens)
+        by_place: dict[int, int] = {}
         for place, samples, fault in zip(rows.order, rows.samples, faulted, strict=True):
-            token = next(sampled) if samples else None
+            token = next(remaining) if samples else None
             if token is not None and not fault:
-                tokens[place] = token
+                by_place[place] = token
         places = range(len(rows.order))
-        return StepResult(
-            step=self.step,
-            num_new=[int(place in tokens) for place in places],
-            token_ids=[tokens[place] for place in places if place in tokens],
-            faults=[
-                RowFault(index=place, kind=ROW_FAULT_KIND_NUMERIC)
-                for place, fault in sorted(zip(rows.order, faulted, strict=True))
-                if fault
-            ],
-            device_microseconds=round(self.slot.started.elapsed_time(self.slot.ended) * 1000),
+        del result.num_new[:]
+        result.num_new.extend(int(place in by_place) for place in places)
+        result.token_ids.extend(by_place[place] for place in places if place in by_place)
+        result.faults.extend(
+            RowFault(index=place, kind=ROW_FAULT_KIND_NUMERIC)
+            for place, fault in sorted(zip(rows.order, faulted, strict=True))
+            if fault
         )
