@@ -113,7 +113,7 @@ class Engine:
 
     @property
     def num_queued(self) -> int:
-        return self._fleet.num_waiting + len(self._homeless)
+        return self._shares.num_waiting + len(self._homeless)
 
     def is_draining(self, group: str) -> bool:
         return self._fleet.is_draining(group)

@@ -54,6 +54,11 @@ class FairShare:
         self._waiting: dict[Account, None] = {}
         self._last: Account | None = None
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait, of all tenants and in all groups."""
+        return sum(account.num_waiting for account in self._waiting)
+
     def account(self, tenant: str, weight: float) -> Account:
         """The tenant's account, of the weight that it has now."""
         account = self._accounts.get(tenant)

@@ -44,10 +44,6 @@ class Fleet:
         """Whether a group does."""
         return bool(self._open)
 
-    @property
-    def num_waiting(self) -> int:
-        return sum(len(pipeline.scheduler.waiting) for pipeline in self.pipelines.values())
-
     def scheduler(self, name: str) -> Scheduler:
         return self.pipelines[name].scheduler
 
@@ -69,7 +65,7 @@ class Fleet:
 
     def place(self, request: Request) -> str | None:
         """Which group a request should go to, if one can take it."""
-        return self._placement.place(request, self._open)
+        return self._placement.place(request, self._open, self.context_limit)
 
     def changed(self, name: str) -> None:
         """Something happened in a group."""

@@ -122,6 +122,9 @@ class KVCacheManager:
 
     def num_cached_tokens(self, request: Request) -> int:
         """How many leading tokens of the request would come from the cache now."""
+        first = request.token_ids[: self.block_size].tobytes()
+        if not self._tree.match(request.namespace, first):
+            return 0
         return self._tree.match(request.namespace, self._prefix(request)) * self.block_size
 
     def num_tenant_tokens(self, tenant: bytes) -> int:

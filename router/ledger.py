@@ -51,7 +51,9 @@ class Ledger:
         usage = request.usage
         self._meters.started(self._meters.group(request.worker), request, now)
         self.meter.prompt(usage.prompt_tokens, usage.cached_prompt_tokens, now)
-        self.note(request, now, "started", f"{usage.cached_prompt_tokens} tokens cached")
+        cached = f"{usage.cached_prompt_tokens} of {usage.prompt_tokens} prompt tokens cached"
+        why = f"; the next block: {request.cache_miss.value}" if request.cache_miss else ""
+        self.note(request, now, "started", cached + why)
         start = Started(usage.prompt_tokens, usage.cached_prompt_tokens)
         return RequestOutput(request.request_id, started=start)
 

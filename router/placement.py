@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
+from heapq import heapify, heappop
 from typing import NamedTuple
 
 from mili.router.request import Request
@@ -46,18 +47,23 @@ class Placement:
         """Something happened in a group: what was known of its load is out of date."""
         self._loads.pop(group, None)
 
-    def place(self, request: Request, schedulers: Mapping[str, Scheduler]) -> str | None:
+    def place(
+        self, request: Request, schedulers: Mapping[str, Scheduler], context_limit: int
+    ) -> str | None:
         """The group that a request should go to; None if it fits none.
 
+        context_limit: the least of the schedulers'.
         Where no group has room for all that the request may generate, one that has room for some: a
         worker may come back with a smaller pool than the one that the request was admitted for.
         """
         for length in (request.max_length, len(request.token_ids) + 1):
-            fitting = {
-                name: scheduler
-                for name, scheduler in schedulers.items()
-                if length <= scheduler.context_limit
-            }
+            fitting = schedulers
+            if length > context_limit:
+                fitting = {
+                    name: scheduler
+                    for name, scheduler in schedulers.items()
+                    if length <= scheduler.context_limit
+                }
             if fitting:
                 group = self._best(request, fitting)
                 self._remember(request, group)
@@ -68,27 +74,22 @@ class Placement:
         """The least loaded come first: where the load alone costs more than the best, no tree is
         searched.
         """
-        loads = [self._load(name, scheduler) for name, scheduler in schedulers.items()]
-        bonus = {self._last_group(request): LOYALTY}
-        order = sorted(
-            (load.seconds - bonus.get(name, 0.0), index, name)
-            for index, (name, load) in enumerate(zip(schedulers, loads, strict=True))
-        )
+        last_group = self._last_group(request)
+        order: list[tuple[float, int, str]] = []
+        for index, (name, scheduler) in enumerate(schedulers.items()):
+            load = self._loads.get(name)
+            if load is None:
+                load = self._loads[name] = _load(scheduler)
+            order.append((load.seconds - LOYALTY * (name == last_group), index, name))
+        heapify(order)
         best, least = "", math.inf
-        for seconds, index, name in order:
-            if seconds >= least:
-                break
+        while order and order[0][0] < least:
+            seconds, _, name = heappop(order)
             uncached = len(request.token_ids) - schedulers[name].kv.num_cached_tokens(request)
-            cost = seconds + uncached * loads[index].prompt_token_seconds
+            cost = seconds + uncached * self._loads[name].prompt_token_seconds
             if cost < least:
                 best, least = name, cost
         return best
-
-    def _load(self, name: str, scheduler: Scheduler) -> Load:
-        load = self._loads.get(name)
-        if load is None:
-            load = self._loads[name] = _load(scheduler)
-        return load
 
     def _last_group(self, request: Request) -> str | None:
         scheduling = request.params.scheduling

@@ -48,7 +48,8 @@ def test_the_story_of_a_request() -> None:
     story = engine.explain("c2")
     assert story is not None and story.state is RequestState.ENDED
     assert [event.kind for event in story.events] == ["queued", "placed", "started", "ended"]
-    assert story.events[2].detail == "48 tokens cached"
+    cached = "48 of 64 prompt tokens cached; the next block: not full block"
+    assert story.events[2].detail == cached
     assert story.events[3].detail == "EOS"
     assert story.usage.completion_tokens == 5 and story.timing.queue > 4.0
 
