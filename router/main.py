@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -124,6 +125,7 @@ class Router:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
+        loop.set_exception_handler(forgive_cancelled)
         loop.add_signal_handler(signal.SIGUSR1, self._record)
         # What lives now lives to the end: the collector need not look at it again and again.
         gc.freeze()
@@ -218,6 +220,14 @@ class Router:
                 )
             )
         return statuses
+
+
+def forgive_cancelled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What asyncio complains about is logged, but for what gRPC leaves behind when a caller goes
+    while a message is on its way to it: a cancelled future that nobody waits for any more.
+    """
+    if not isinstance(context.get("exception"), asyncio.CancelledError):
+        loop.default_exception_handler(context)
 
 
 def _cache_settings(config: RouterConfig, tenants: Tenants) -> CacheSettings:
