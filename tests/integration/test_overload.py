@@ -26,7 +26,7 @@ from tests.fake_engine import make_folder
 from tests.serving import MILI, free_port
 from tests.virtual_cluster import percentile, poisson
 
-WORKER = Path(__file__).parents[1] / "paced_worker.py"
+WORKER = Path(__file__).parents[1] / "timed_worker.py"
 # A row is taken again one step after its last, because that step was sent before its end was known.
 ROWS, OUTPUT_TOKENS, CAPACITY = 8, 16, 20.0
 STEP_SECONDS = ROWS / (CAPACITY * (OUTPUT_TOKENS + 1))
@@ -50,7 +50,9 @@ def serving_paced(tmp_path: Path) -> Iterator[str]:
     link, address = f"tcp://127.0.0.1:{free_port()}", f"127.0.0.1:{free_port()}"
     ports = ["--port", address.partition(":")[2], "--admin-port", str(free_port())]
     router = [*MILI, "router", str(folder), "--worker-link", link, *ports]
-    worker = [sys.executable, str(WORKER), link, str(folder), str(STEP_SECONDS), str(ROWS)]
+    # One row more: the null row.
+    speed = [f"--step-seconds={STEP_SECONDS}", f"--max-rows={ROWS + 1}"]
+    worker = [sys.executable, str(WORKER), link, str(folder), *speed]
     with ExitStack() as stack:
         log = stack.enter_context((tmp_path / "log").open("w"))
         environment = {**os.environ, "MILI_MAX_QUEUE_TIME": str(MAX_QUEUE_TIME)}

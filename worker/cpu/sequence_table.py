@@ -18,26 +18,13 @@ IntArray = npt.NDArray[np.int64]
 class CpuSequenceTable(SequenceTable):
     """Memory of token_ids and block_table is taken from the machine when it is first touched."""
 
-    def __init__(
-        self,
-        *,
-        max_rows: int,
-        max_model_len: int,
-        block_size: int,
-        num_blocks: int,
-        vocab_size: int,
-    ) -> None:
-        super().__init__(
-            max_rows=max_rows,
-            max_model_len=max_model_len,
-            block_size=block_size,
-            num_blocks=num_blocks,
-            vocab_size=vocab_size,
-        )
+    def __init__(self, **sizes: int) -> None:
+        """sizes: as SequenceTable takes them."""
+        super().__init__(**sizes)
         # One more than the limit: the last token may be sampled, and is never computed.
-        self.token_ids = np.zeros((max_rows, max_model_len + 1), np.int64)
-        self.block_table = np.zeros((max_rows, self.max_row_blocks), np.int64)
-        self.sampling = [Sampling()] * max_rows
+        self.token_ids = np.zeros((self.max_rows, self.max_model_len + 1), np.int64)
+        self.block_table = np.zeros((self.max_rows, self.max_row_blocks), np.int64)
+        self.sampling = [Sampling()] * self.max_rows
 
     def apply(self, command: StepCommand) -> Taken:
         """Take a command over, and check it first. Raises CommandError."""
