@@ -220,7 +220,6 @@ async def test_a_pinned_chat_does_not_open_the_answer(
         ),
         ({"chat": inference_pb2.ChatPrompt()}, "INVALID_FIELD", "chat"),
         ({"tenant": "nobody"}, "INVALID_FIELD", "tenant"),
-        ({"adapter": "a"}, "UNSUPPORTED_FIELD", "adapter"),
         ({"model": "other"}, "MODEL_NOT_FOUND", "model"),
     ],
 )

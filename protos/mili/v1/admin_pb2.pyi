@@ -509,12 +509,10 @@ class PinPrefixRequest(_message.Message):
     CHAT_FIELD_NUMBER: _builtins.int
     TIME_TO_LIVE_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
-    ADAPTER_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     text: _builtins.str
     tenant: _builtins.str
     """Whose requests without a salt of their own find it; empty on a server without tenants."""
-    adapter: _builtins.str
     @_builtins.property
     def token_ids(self) -> _inference_pb2.TokenIds: ...
     @_builtins.property
@@ -532,11 +530,10 @@ class PinPrefixRequest(_message.Message):
         chat: _inference_pb2.ChatPrompt | None = ...,
         time_to_live: _duration_pb2.Duration | None = ...,
         tenant: _builtins.str = ...,
-        adapter: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prefix", b"prefix", "text", b"text", "time_to_live", b"time_to_live", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "chat", b"chat", "model", b"model", "prefix", b"prefix", "tenant", b"tenant", "text", b"text", "time_to_live", b"time_to_live", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "model", b"model", "prefix", b"prefix", "tenant", b"tenant", "text", b"text", "time_to_live", b"time_to_live", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prefix: _TypeAlias = _typing.Literal["text", "token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_prefix: _TypeAlias = _typing.Literal["prefix", b"prefix"]  # noqa: Y015

@@ -69,13 +69,10 @@ class Generation(_message.Message):
     STRUCTURED_OUTPUT_FIELD_NUMBER: _builtins.int
     SCHEDULING_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
-    ADAPTER_FIELD_NUMBER: _builtins.int
     TRUNCATE_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     text: _builtins.str
-    adapter: _builtins.str
-    """Loaded adapter name; empty = base model."""
     truncate_prompt_tokens: _builtins.int
     """Keep only the last N prompt tokens; unset = reject prompts that do not fit."""
     add_special_tokens: _builtins.bool
@@ -109,13 +106,12 @@ class Generation(_message.Message):
         structured_output: Global___StructuredOutput | None = ...,
         scheduling: Global___SchedulingHints | None = ...,
         cache: Global___CacheOptions | None = ...,
-        adapter: _builtins.str = ...,
         truncate_prompt_tokens: _builtins.int | None = ...,
         add_special_tokens: _builtins.bool | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_truncate_prompt_tokens", b"_truncate_prompt_tokens", "add_special_tokens", b"add_special_tokens", "cache", b"cache", "chat", b"chat", "output", b"output", "prompt", b"prompt", "sampling", b"sampling", "scheduling", b"scheduling", "stopping", b"stopping", "structured_output", b"structured_output", "text", b"text", "token_ids", b"token_ids", "truncate_prompt_tokens", b"truncate_prompt_tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_truncate_prompt_tokens", b"_truncate_prompt_tokens", "adapter", b"adapter", "add_special_tokens", b"add_special_tokens", "cache", b"cache", "chat", b"chat", "model", b"model", "output", b"output", "prompt", b"prompt", "sampling", b"sampling", "scheduling", b"scheduling", "stopping", b"stopping", "structured_output", b"structured_output", "text", b"text", "token_ids", b"token_ids", "truncate_prompt_tokens", b"truncate_prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_truncate_prompt_tokens", b"_truncate_prompt_tokens", "add_special_tokens", b"add_special_tokens", "cache", b"cache", "chat", b"chat", "model", b"model", "output", b"output", "prompt", b"prompt", "sampling", b"sampling", "scheduling", b"scheduling", "stopping", b"stopping", "structured_output", b"structured_output", "text", b"text", "token_ids", b"token_ids", "truncate_prompt_tokens", b"truncate_prompt_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
@@ -255,14 +251,11 @@ class ChatPrompt(_message.Message):
     MESSAGES_FIELD_NUMBER: _builtins.int
     TOOLS_FIELD_NUMBER: _builtins.int
     TEMPLATE_VARIABLES_JSON_FIELD_NUMBER: _builtins.int
-    TEMPLATE_OVERRIDE_FIELD_NUMBER: _builtins.int
     CONTINUE_FINAL_MESSAGE_FIELD_NUMBER: _builtins.int
     template_variables_json: _builtins.str
     """Extra variables for the model's chat template, a JSON object, e.g. {"enable_thinking": false}.
     (Not a Struct: that turns integers into floats and loses the order of keys.)
     """
-    template_override: _builtins.str
-    """Replaces the model's template; refused unless the server allows it."""
     continue_final_message: _builtins.bool
     """Continue the last assistant message instead of opening a new one."""
     @_builtins.property
@@ -275,12 +268,11 @@ class ChatPrompt(_message.Message):
         messages: _abc.Iterable[Global___ChatMessage] | None = ...,
         tools: _abc.Iterable[Global___ToolDefinition] | None = ...,
         template_variables_json: _builtins.str = ...,
-        template_override: _builtins.str = ...,
         continue_final_message: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["continue_final_message", b"continue_final_message", "messages", b"messages", "template_override", b"template_override", "template_variables_json", b"template_variables_json", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["continue_final_message", b"continue_final_message", "messages", b"messages", "template_variables_json", b"template_variables_json", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
