@@ -332,9 +332,15 @@ class Scheduler:
     def _next_waiting(self) -> Request | None:
         """The next that may run: suspects are tried apart from each other, and hold up nobody."""
         request = self.waiting.first(suspects=True)
-        if request and request.is_suspect and any(r.is_suspect for r in self.running.values()):
+        if request and request.is_suspect and self._computes_suspect():
             return self.waiting.first(suspects=False)
         return request
+
+    def _computes_suspect(self) -> bool:
+        """Whether one runs, or is computed by a step in flight: it may have been preempted."""
+        executing = (row.request for step in self.in_flight for row in step.rows)
+        requests = (*self.running.values(), *executing)
+        return any(request.is_suspect and not request.finish for request in requests)
 
     def _stop_waiting(self, request: Request) -> None:
         self.waiting.remove(request)

@@ -138,8 +138,12 @@ class Simulation:
         self._timeline.run(2.0)
 
     def _all_serve(self) -> bool:
-        """Every group does, and nothing that befell its processes lasts any longer."""
+        """Every group does, and nothing that befell its processes lasts any longer: neither does
+        a step that is as slow as those before it, so that nobody may call it hung.
+        """
         if any(process.hung_until > self._timeline.now for process in self._fleet.alive):
+            return False
+        if any(scheduler.in_flight for scheduler in self._router.schedulers.values()):
             return False
         groups = {process.group for process in self._fleet.processes.values()}
         return groups == set(self._router.serving)

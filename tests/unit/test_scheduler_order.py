@@ -78,3 +78,18 @@ def test_an_urgent_newcomer_goes_before_one_that_was_preempted() -> None:
     urgent, usual = driver.add(4, priority=1), driver.add(4)
     assert driver.scheduler.waiting.values() == [urgent, second, usual]
     assert first.num_preemptions == 0
+
+
+def test_a_suspect_waits_for_the_step_that_computes_another() -> None:
+    driver = Driver()
+    scheduler = driver.scheduler
+    first, second = (driver.add(4) for _ in range(2))
+    for request in scheduler.withdraw():
+        request.deaths = 2
+        scheduler.add(request)
+    executing = scheduler.schedule()
+    assert executing is not None and first.row and not second.row
+    scheduler.preempt_all()
+    assert scheduler.schedule() is None
+    scheduler.update(StepResult(step=executing.step, num_new=[0]))
+    assert scheduler.schedule() is not None
