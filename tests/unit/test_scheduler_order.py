@@ -83,13 +83,16 @@ def test_an_urgent_newcomer_goes_before_one_that_was_preempted() -> None:
 def test_a_suspect_waits_for_the_step_that_computes_another() -> None:
     driver = Driver()
     scheduler = driver.scheduler
-    first, second = (driver.add(4) for _ in range(2))
-    for request in scheduler.withdraw():
-        request.deaths = 2
-        scheduler.add(request)
+    driver.add(20)
+    driver.add(4, priority=1)
+    urgent, other = sorted(scheduler.withdraw(), key=lambda each: each.arrival, reverse=True)
+    for suspect in (urgent, other):
+        suspect.deaths = 2
+    scheduler.add(other)
     executing = scheduler.schedule()
-    assert executing is not None and first.row and not second.row
+    assert executing is not None and other.row
     scheduler.preempt_all()
+    scheduler.add(urgent)
     assert scheduler.schedule() is None
     scheduler.update(StepResult(step=executing.step, num_new=[0]))
-    assert scheduler.schedule() is not None
+    assert scheduler.schedule() is not None and urgent.row
