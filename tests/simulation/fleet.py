@@ -54,8 +54,10 @@ class Fleet:
         self._hardware: dict[str, Hardware] = {}
         self._instances = 0
         self._block_size = rng.choice((1, 2, 4))
-        # The newest instance of each worker's name that ever served.
-        self._newest: dict[str, int] = defaultdict(int)
+        # The instance that served last under each worker's name, and those that were replaced.
+        # Newer is who said Hello later: a process may be older, and have been cut off until then.
+        self._served: dict[str, str] = {}
+        self._replaced: set[str] = set()
         # Until when a group's loss has a cause.
         self._troubled: dict[str, float] = defaultdict(float)
 
@@ -112,9 +114,11 @@ class Fleet:
         """A group serves: by workers of ours, and none that a newer process has replaced."""
         for peer in group.ranks.values():
             assert peer.name in self._seats, f"{peer.name} serves, and does not fit"
-            number = int(peer.instance.partition("#")[2])
-            assert number >= self._newest[peer.name], f"{peer.instance} serves, and is fenced"
-            self._newest[peer.name] = number
+            assert peer.instance not in self._replaced, f"{peer.instance} serves, and is fenced"
+            before = self._served.setdefault(peer.name, peer.instance)
+            if before != peer.instance:
+                self._replaced.add(before)
+                self._served[peer.name] = peer.instance
 
     def on_lost(self, group: WorkerGroup, died: bool) -> None:
         """The router gives a group up: it must have a reason."""
