@@ -15,6 +15,7 @@ import structlog
 from mili.internal.v1.step_pb2 import StepResult
 from mili.router.admission import Admission
 from mili.router.deadlines import Deadlines, end_if_over, times_of
+from mili.router.dispatch import Dispatch
 from mili.router.fair_share import FairShare
 from mili.router.faults import OnFault, reports_faults
 from mili.router.fleet import Fleet
@@ -35,6 +36,7 @@ from mili.router.request import (
     TextOutput,
 )
 from mili.router.scheduler import Scheduler
+from mili.router.siblings import Siblings
 from mili.router.worker_group import WorkerGroup
 
 Deliver = Callable[[list[RequestOutput]], None]
@@ -83,8 +85,17 @@ class Engine:
         self._admission = Admission(self._shares, max_queued_requests, max_queue_time)
         self._deadlines = Deadlines(wake_at)
         self._homeless = Homeless(recovery_timeout)
-        self._ledger = Ledger(self.meters)
+        self._siblings = Siblings()
+        self._ledger = Ledger(self.meters, self._siblings)
         self._fleet = Fleet(model_context_limit)
+        self._dispatch = Dispatch(
+            fleet=self._fleet,
+            shares=self._shares,
+            homeless=self._homeless,
+            siblings=self._siblings,
+            deadlines=self._deadlines,
+            ledger=self._ledger,
+        )
 
     @property
     def context_limit(self) -> int:
@@ -113,7 +124,7 @@ class Engine:
 
     @property
     def num_queued(self) -> int:
-        return self._shares.num_waiting + len(self._homeless)
+        return self._dispatch.num_queued
 
     def is_draining(self, group: str) -> bool:
         return self._fleet.is_draining(group)
@@ -131,20 +142,23 @@ class Engine:
     def load(self) -> Load:
         """How busy all groups together are now."""
         pipelines = self._fleet.pipelines.values()
-        return load_of(pipelines, self._homeless, self._ledger.meter, self._clock())
+        homeless, meter = self._homeless, self._ledger.meter
+        return load_of(pipelines, self.num_queued, homeless, meter, self._clock())
 
     def explain(self, request_id: str) -> Explanation | None:
         """Tell what happened to a request; None for one that is not remembered."""
-        request = self._ledger.get(request_id)
-        position = 0
-        if request and not request.row and request not in self._homeless:
-            position = self._fleet.scheduler(request.worker).waiting.position(request)
-        return self._ledger.explain(request_id, self._clock(), position)
+        live = self._ledger.live(request_id)
+        if not live:
+            return self._ledger.explain_ended(request_id)
+        return self._ledger.explain(live[0], self._clock(), self._dispatch.position(live[0]))
 
     @reports_faults
     def submit(self, request_id: str, params: GenerationParams) -> None:
-        """Take a request; raise RequestError when that is impossible now, or in vain."""
-        assert request_id not in self._ledger
+        """Take a request; raise RequestError when that is impossible now, or in vain.
+
+        The first of its sequences comes in as any request does, and brings the others.
+        """
+        assert not self._ledger.live(request_id)
         self._fleet.check_capable(params)
         now = self._clock()
         request = Request(request_id, params, context_limit=self.context_limit, now=now)
@@ -153,22 +167,22 @@ class Engine:
         wait = self._fleet.pipelines[name].estimated_wait(request) if name else 0.0
         self._admission.check(request, wait)
         displaced = self._make_way(request, name, wait)
-        request.text = self._make_text(params)
-        self._ledger.open(request)
+        for sequence in self._siblings.open(request):
+            sequence.text = self._make_text(params)
+            self._ledger.open(sequence)
+            self._deadlines.watch(sequence, *times_of(sequence))
         self._ledger.note(request, now, "queued", f"for about {wait:.2f} s")
-        self._deadlines.watch(request, *times_of(request))
-        self._settle(request, name, now)
-        self._tell(displaced, self._pump(name) if name else [])
+        self._dispatch.settle(request, name, now)
+        self._tell(displaced, self._dispatch.pump(name, now) if name else [])
 
     @reports_faults
     def cancel(self, request_id: str) -> bool:
         """End a request with CANCELLED; False when it is not live."""
-        request = self._ledger.get(request_id)
-        if request is None:
-            return False
-        request.end(Finish(FinishReason.CANCELLED))
-        self._drop([request])
-        return True
+        requests = self._ledger.live(request_id)
+        for request in requests:
+            request.end(Finish(FinishReason.CANCELLED))
+        self._tell(requests, self._dispatch.drop(requests, self._clock()))
+        return bool(requests)
 
     @reports_faults
     def tick(self) -> None:
@@ -183,10 +197,10 @@ class Engine:
                 self._homeless.give_up(request, now)
             if request.finish:
                 over.append(request)
-        self._drop(over)
+        self._tell(over, self._dispatch.drop(over, now))
         self._fleet.expire_pins(now)
         for name in self._fleet.migrate(now):
-            self._move(name)
+            self._tell([], self._dispatch.move(name, now))
 
     @reports_faults
     def drain(self, group: str, migrate_after: float | None) -> int:
@@ -197,8 +211,9 @@ class Engine:
         RequestError for a group that does not serve.
         """
         after = math.inf if migrate_after is None else migrate_after
-        running = len(self._fleet.drain(group, self._clock() + after).running)
-        self._move(group)
+        now = self._clock()
+        running = len(self._fleet.drain(group, now + after).running)
+        self._tell([], self._dispatch.move(group, now))
         log.info("worker drains", worker=group, running=running)
         return running
 
@@ -207,8 +222,9 @@ class Engine:
         """Place requests on a group again. Raises RequestError for one that does not serve."""
         if self._fleet.undrain(group):
             log.info("worker takes requests again", worker=group)
-            self._place(self._homeless.leave())
-            self._tell([], self._pump(group))
+            now = self._clock()
+            started = self._dispatch.place(self._homeless.leave(), now)
+            self._tell([], started + self._dispatch.pump(group, now))
 
     @reports_faults
     def pin(self, namespace: bytes, token_ids: Sequence[int], seconds: float) -> Pinned:
@@ -241,14 +257,18 @@ class Engine:
             tokens_per_step=group.limits.max_step_tokens,
         )
         waiting = self._fleet.join(Pipeline(group, scheduler, self._pipeline_depth, meters))
-        self._place([*waiting, *self._homeless.leave()])
+        requests = [*waiting, *self._homeless.leave()]
+        self._tell([], self._dispatch.place(requests, self._clock()))
 
     @reports_faults
     def on_result(self, group: WorkerGroup, result: StepResult) -> None:
         """A step is done: send the next before telling anyone."""
         now = self._clock()
         news = self._fleet.pipelines[group.name].take(result, now)
-        started = self._pump(group.name)
+        started: list[RequestOutput] = []
+        if self._siblings.num_waiting:
+            started = self._dispatch.release(news, now)
+        started += self._dispatch.pump(group.name, now)
         self._ledger.meter.output(len(result.token_ids), now)
         self.meters.stepped(self.meters.group(group.name), news, result.device_microseconds, now)
         outputs = [self._ledger.output(request, token, now) for request, token in news]
@@ -257,7 +277,7 @@ class Engine:
                 self._admission.learn(request)
         self._deliver(outputs + started)
         if self._fleet.is_draining(group.name):
-            self._move(group.name)
+            self._tell([], self._dispatch.move(group.name, now))
 
     @reports_faults
     def on_lost(self, group: WorkerGroup, reason: str, *, died: bool) -> None:
@@ -270,8 +290,9 @@ class Engine:
             request.waiting_since = now
             self._ledger.note(request, now, "worker_lost", f"{group.name}: {reason}")
             judge(request)
-        self._place([request for request in requests if not request.finish])
-        self._tell([request for request in requests if request.finish])
+        over = [request for request in requests if request.finish]
+        going_on = [request for request in requests if not request.finish]
+        self._tell(over, self._dispatch.place(going_on, now))
 
     def _make_way(self, newcomer: Request, name: str | None, wait: float) -> list[Request]:
         """If the queue is full, its last one ends; raise RequestError if that is the newcomer."""
@@ -285,65 +306,10 @@ class Engine:
         self._fleet.scheduler(last.worker).abort(last)
         return [last]
 
-    def _drop(self, ended: Sequence[Request]) -> None:
-        """Requests have ended from outside: use what they leave, and tell them."""
-        names: dict[str, None] = {}
-        for request in ended:
-            if request in self._homeless:
-                self._homeless.remove(request)
-            else:
-                self._fleet.scheduler(request.worker).abort(request)
-                names[request.worker] = None
-        started = [output for name in names for output in self._pump(name)]
-        self._tell(ended, started)
-
-    def _move(self, name: str) -> None:
-        """Place elsewhere what a group that drains can let go."""
-        requests = self._fleet.leaving(name)
-        now = self._clock()
-        for request in requests:
-            request.waiting_since = now
-        if requests:
-            self._place(requests)
-
-    def _place(self, requests: Sequence[Request]) -> None:
-        """Give requests to worker groups; what fits none waits for one.
-
-        Those that were interrupted come before those that never began.
-        """
-        now = self._clock()
-        names: dict[str, None] = {}
-        for request in sorted(requests, key=lambda each: (not each.num_admissions, each.arrival)):
-            name = self._fleet.place(request)
-            self._settle(request, name, now)
-            if name is not None:
-                names[name] = None
-        self._tell([], [output for name in names for output in self._pump(name)])
-
-    def _settle(self, request: Request, name: str | None, now: float) -> None:
-        """Let a request wait where it was placed."""
-        if name is None:
-            self._deadlines.watch(request, self._homeless.add(request))
-            return
-        scheduler = self._fleet.scheduler(name)
-        request.worker = name
-        request.max_length = min(request.max_length, scheduler.context_limit)
-        scheduler.add(request)
-        self._fleet.changed(name)
-        self._ledger.note(request, now, "placed", name)
-
-    def _pump(self, name: str) -> list[RequestOutput]:
-        """Keep the pipeline of a group full; returns what to tell the requests that started."""
-        now = self._clock()
-        self._fleet.changed(name)
-        admitted, preempted = self._fleet.pipelines[name].fill(now)
-        for request in preempted:
-            self._ledger.note(request, now, "preempted", name)
-        return [self._ledger.started(each, now) for each in admitted if each.admitted_at is None]
-
     def _tell(self, ended: Sequence[Request], started: Sequence[RequestOutput] = ()) -> None:
         """Deliver the last output of requests that have ended, and the first of others."""
         now = self._clock()
+        ended = [*ended, *self._siblings.bereave(ended)]
         outputs = [*(self._ledger.output(request, None, now) for request in ended), *started]
         if outputs:
             self._deliver(outputs)

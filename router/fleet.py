@@ -47,6 +47,10 @@ class Fleet:
     def scheduler(self, name: str) -> Scheduler:
         return self.pipelines[name].scheduler
 
+    def is_open(self, name: str) -> bool:
+        """Whether this group serves and takes requests."""
+        return name in self._open
+
     def is_draining(self, name: str) -> bool:
         return name in self._migrate_at
 
@@ -62,6 +66,11 @@ class Fleet:
         if length >= self.context_limit:
             message = f"the prompt has {length} tokens; at most {self.context_limit - 1} fit"
             raise RequestError(Reason.CONTEXT_TOO_LONG, message, field="generation.prompt")
+        most = min(scheduler.max_running for scheduler in self._open.values())
+        if params.num_sequences > most:
+            message = f"num_sequences is {params.num_sequences}; at most {most} run together"
+            field = "generation.sampling.num_sequences"
+            raise RequestError(Reason.INVALID_FIELD, message, field=field)
 
     def place(self, request: Request) -> str | None:
         """Which group a request should go to, if one can take it."""

@@ -1,6 +1,6 @@
-"""What happened to each request, for who asks why it is slow.
+"""What happened to each call, for who asks why it is slow.
 
-Owns the events of live requests, and the last words on those that ended. Does not know why things
+Owns the events of live calls, and the last words on those that ended. Does not know why things
 happen, nor the clock: times are passed in.
 """
 
@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from mili.router.introspection import Explanation, RequestEvent, RequestState
-from mili.router.request import Request
+from mili.router.request import Request, Timing, Usage
 
-# Ended requests that are remembered, and events of one request: its first and the latest.
+# Ended calls that are remembered, and events of one call: its first and the latest.
 MAX_ENDED = 1000
 MAX_EVENTS = 32
 
@@ -22,34 +22,39 @@ class Journal:
         self._ended: OrderedDict[str, Explanation] = OrderedDict()
 
     def __len__(self) -> int:
-        """Live requests with an event."""
+        """Live calls with an event."""
         return len(self._events)
 
     def note(self, request: Request, now: float, kind: str, detail: str = "") -> None:
-        events = self._events.setdefault(request.request_id, [])
+        events = self._events.setdefault(request.call_id, [])
         if len(events) == MAX_EVENTS:
             del events[1]
+        if request.index:
+            detail = f"sequence {request.index}: {detail}"
         events.append(RequestEvent(now, kind, detail))
 
-    def end(self, request: Request, now: float) -> None:
-        """The request has ended: keep its story for a while."""
+    def ended(self, request: Request, now: float) -> None:
+        """A sequence has ended."""
         assert request.finish is not None
         error = request.finish.error
         self.note(request, now, "ended", error.reason if error else request.finish.reason.name)
-        self._ended[request.request_id] = self.explain(request, now, 0)
-        del self._events[request.request_id]
+
+    def close(self, last: Request, usage: Usage, timing: Timing) -> None:
+        """The last sequence of a call has ended: keep the story for a while."""
+        self._ended[last.call_id] = self.explain(last, 0, usage, timing)
+        del self._events[last.call_id]
         if len(self._ended) > MAX_ENDED:
             self._ended.popitem(last=False)
 
-    def explain(self, request: Request, now: float, position: int) -> Explanation:
-        """Tell of a live request. position: how many go before it where it waits."""
-        events = tuple(self._events.get(request.request_id, ()))
+    def explain(self, request: Request, position: int, usage: Usage, timing: Timing) -> Explanation:
+        """Tell of a call by one of its sequences, how many go before it, and the call's sums."""
+        events = tuple(self._events.get(request.call_id, ()))
         state = _state(request, events[-1].kind if events else "")
-        return Explanation(state, position, request.usage, request.timing(now), events)
+        return Explanation(state, position, usage, timing, events)
 
-    def explain_ended(self, request_id: str) -> Explanation | None:
-        """Tell of a request that ended, if it is remembered."""
-        return self._ended.get(request_id)
+    def explain_ended(self, call_id: str) -> Explanation | None:
+        """Tell of a call that ended, if it is remembered."""
+        return self._ended.get(call_id)
 
 
 def _state(request: Request, last_event: str) -> RequestState:

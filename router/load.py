@@ -13,15 +13,17 @@ from mili.router.pipeline import Pipeline
 from mili.router.recovery import Homeless
 
 
-def load_of(pipelines: Collection[Pipeline], homeless: Homeless, meter: Meter, now: float) -> Load:
-    """The load of all groups that serve, and of those who wait for one."""
+def load_of(
+    pipelines: Collection[Pipeline], num_queued: int, homeless: Homeless, meter: Meter, now: float
+) -> Load:
+    """The load of all groups that serve, and of those who wait: num_queued, wherever they do."""
     schedulers = [pipeline.scheduler for pipeline in pipelines]
     usages = [scheduler.kv.usage() for scheduler in schedulers]
     available = sum(usage.free + usage.evictable for usage in usages)
     blocks = sum(usage.total - 1 for usage in usages)
     waiting_tokens = sum(scheduler.num_waiting_tokens for scheduler in schedulers)
     return Load(
-        queued_requests=sum(len(scheduler.waiting) for scheduler in schedulers) + len(homeless),
+        queued_requests=num_queued,
         queued_prompt_tokens=waiting_tokens + homeless.num_tokens,
         running_sequences=sum(len(scheduler.running) for scheduler in schedulers),
         kv_utilization=1 - available / blocks if blocks else 0.0,

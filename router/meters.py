@@ -124,9 +124,9 @@ class Meters:
         group.cached_prompt_tokens += request.num_cached_prompt_tokens
 
     def finished(self, tenant: str, finished: Finished) -> None:
-        """A request has ended, one way or another; its times are counted if it got a token."""
-        finish, usage, timing = finished
-        self.ended[tenant, finish.reason] += 1
+        """A call has ended, with its last sequence; its times are counted if it got a token."""
+        usage, timing = finished.usage, finished.timing
+        self.ended[tenant, finished.finish.reason] += 1
         self.prompt_tokens[tenant] += usage.prompt_tokens
         self.generation_tokens[tenant] += usage.completion_tokens
         self.request_prompt_tokens.add(usage.prompt_tokens)

@@ -69,7 +69,8 @@ class GenerationParams:
     sampling.seed is always set. eos_token_ids is empty with ignore_eos.
     cache_namespace: prefixes are shared only inside one. Its first bytes name the tenant; it is
     empty for the one tenant of a server without any. cache_read, cache_write: whether the prompt
-    may come from the cache, and whether what is computed may go there.
+    may come from the cache, and whether what is computed may go there. num_sequences: independent
+    outputs of the one prompt, each with a seed of its own.
     """
 
     prompt_token_ids: Sequence[int]
@@ -86,6 +87,7 @@ class GenerationParams:
     cache_read: bool = True
     cache_write: bool = True
     scheduling: Scheduling = ORDINARY
+    num_sequences: int = 1
 
 
 class TextOutput(Protocol):
@@ -102,17 +104,20 @@ class TextOutput(Protocol):
 
 
 class RequestOutput(NamedTuple):
-    """What one step gave one request. Immutable: the only thing that reaches the API."""
+    """What one step gave one sequence. Immutable: the only thing that reaches the API."""
 
+    # Of the call, whichever of its sequences this is.
     request_id: str
     token_ids: tuple[int, ...] = ()
     text: str = ""
     # Index of the first of token_ids in the output, from 0.
     first_token_index: int = 0
-    # Set once, when the request was admitted for the first time.
+    # Set once, when the first of the sequences was admitted for the first time.
     started: Started | None = None
-    # Set once, in the request's last output.
+    # Set once, in the sequence's last output.
     finished: Finished | None = None
+    # Which of the call's sequences, from 0. (It hides tuple.index.)
+    index: int = 0  # type: ignore[assignment]
 
 
 class Started(NamedTuple):
@@ -141,16 +146,30 @@ class Timing(NamedTuple):
 
 
 class Finished(NamedTuple):
+    """How a sequence ended; what its whole call used so far, and where the time went.
+
+    num_left: sequences of the call that have not ended; 0 in the call's last output.
+    others_succeeded: one that ended earlier did so without an error.
+    """
+
     finish: Finish
     usage: Usage
     timing: Timing
+    num_left: int = 0
+    others_succeeded: bool = False
+
+    @property
+    def failure(self) -> RequestError | None:
+        """Why the call failed, if it ends here and no sequence of it succeeded."""
+        return None if self.num_left or self.others_succeeded else self.finish.error
 
 
 class Request:
-    """One generation: its tokens, and how far each of them is.
+    """One sequence of a call: its tokens, and how far each of them is.
 
     The scheduler compares `num_computed` with `num_tokens`; chunked prefill, prefix hits, resumed
     preemptions and decodes are all the same subtraction. Times are the engine's, in its clock.
+    call_id: the request id that its caller knows; index: which of the call's sequences it is.
     """
 
     __slots__ = (
@@ -159,10 +178,12 @@ class Request:
         "admitted_at",
         "arrival",
         "cache_miss",
+        "call_id",
         "deaths",
         "expected_cost",
         "finish",
         "first_token_at",
+        "index",
         "last_token_at",
         "max_length",
         "namespace",
@@ -200,8 +221,12 @@ class Request:
         text: TextOutput | None = None,
         arrival: int = 0,
         now: float = 0.0,
+        index: int = 0,
     ) -> None:
-        self.request_id = request_id
+        self.call_id = request_id
+        self.index = index
+        # The first sequence has the call's own id; no id that a caller may choose has a NUL in it.
+        self.request_id = f"{request_id}\0{index}" if index else request_id
         self.arrival = arrival
         self.params = params
         self.text = text

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, deque
+from dataclasses import replace
 from types import SimpleNamespace
 
 from mili.internal.v1.step_pb2 import Sampling, StepResult
@@ -60,6 +61,15 @@ def expected(
         if len(output) == params.max_tokens:
             return output, FinishReason.MAX_TOKENS
     return output, FinishReason.CONTEXT_LENGTH
+
+
+def sequences(params: GenerationParams) -> list[GenerationParams]:
+    """What each of the request's sequences is, alone: their seeds differ in the low 32 bits."""
+    seeds = [params.sampling.seed ^ n * 0x9E3779B9 % 2**32 for n in range(params.num_sequences)]
+    alone = [Sampling.FromString(params.sampling.SerializeToString()) for _ in seeds]
+    for sampling, seed in zip(alone, seeds, strict=True):
+        sampling.seed = seed
+    return [replace(params, sampling=sampling, num_sequences=1) for sampling in alone]
 
 
 class Simulation:

@@ -5,13 +5,12 @@ Owns the shape of the answers. Does not know where the output comes from or how 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from mili.router.api.status import duration
+from mili.router.api.status import clip, code_number, duration
 from mili.router.api.stream import Gathered
-from mili.router.errors import Reason, RequestError
-from mili.router.request import Finish, FinishReason, Started, Timing, Usage
+from mili.router.request import Finish, Finished, FinishReason, Started, Timing, Usage
 from mili.v1 import inference_pb2 as pb
 
 
@@ -40,45 +39,53 @@ def stream_events(
     if gathered.token_ids or gathered.text:
         response = pb.GenerateStreamResponse()
         response.event.sequence = sequence
+        response.event.delta.index = gathered.index
         _fill_delta(response.event.delta, answering.options, gathered)
         yield response
         sequence += 1
     if gathered.finished is not None:
-        finish = check_finish(gathered.finished.finish)
+        check_success(gathered.finished)
         response = pb.GenerateStreamResponse()
         response.event.sequence = sequence
         finished = response.event.finished
-        _fill_finish(finished, finish)
+        finished.index = gathered.index
+        _fill_finish(finished, gathered.finished.finish)
         finished.usage.CopyFrom(to_usage(gathered.finished.usage))
         if answering.options.timing:
             finished.timing.CopyFrom(to_timing(gathered.finished.timing))
         yield response
 
 
-def whole_response(answering: Answering, gathered: Gathered) -> pb.GenerateResponse:
-    """Return the unary answer: all of the output at once."""
-    assert gathered.finished is not None
-    finish = check_finish(gathered.finished.finish)
-    sequence = pb.GeneratedSequence(text=gathered.text)
-    if answering.options.token_ids:
-        sequence.token_ids.extend(gathered.token_ids)
-    _fill_finish(sequence, finish)
+def whole_response(answering: Answering, gathered: Sequence[Gathered]) -> pb.GenerateResponse:
+    """Return the unary answer: all of the output at once, of each sequence in its place."""
+    finished = gathered[-1].finished
+    assert finished is not None
+    check_success(finished)
+    by_index = sorted(gathered, key=lambda each: each.index)
     return pb.GenerateResponse(
         request_id=answering.request_id,
         model=answering.model,
         model_revision=answering.model_revision,
-        sequences=[sequence],
-        usage=to_usage(gathered.finished.usage),
-        timing=to_timing(gathered.finished.timing) if answering.options.timing else None,
+        sequences=[_sequence(answering.options, each) for each in by_index],
+        usage=to_usage(finished.usage),
+        timing=to_timing(finished.timing) if answering.options.timing else None,
         seed=answering.seed,
     )
 
 
-def check_finish(finish: Finish) -> Finish:
-    """Return how the request ended; raise its error where it failed."""
-    if finish.reason is FinishReason.ERROR:
-        raise finish.error or RequestError(Reason.INTERNAL, "the request failed without a reason")
-    return finish
+def check_success(finished: Finished) -> None:
+    """Raise the call's error, if it ends here and failed: no sequence of it succeeded."""
+    if finished.failure is not None:
+        raise finished.failure
+
+
+def _sequence(options: pb.OutputOptions, gathered: Gathered) -> pb.GeneratedSequence:
+    assert gathered.finished is not None
+    sequence = pb.GeneratedSequence(index=gathered.index, text=gathered.text)
+    if options.token_ids:
+        sequence.token_ids.extend(gathered.token_ids)
+    _fill_finish(sequence, gathered.finished.finish)
+    return sequence
 
 
 def _fill_started(started: pb.Started, answering: Answering, admitted: Started) -> None:
@@ -106,6 +113,10 @@ def _fill_finish(target: pb.Finished | pb.GeneratedSequence, finish: Finish) -> 
         target.stop_sequence = finish.matched
     elif isinstance(finish.matched, int):
         target.stop_token_id = finish.matched
+    if finish.error is not None:
+        target.error.code = code_number(finish.error.reason)
+        target.error.reason = finish.error.reason
+        target.error.message = clip(finish.error.message)
 
 
 def to_usage(usage: Usage) -> pb.Usage:

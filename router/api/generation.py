@@ -20,6 +20,7 @@ _MAX_TEMPERATURE = 100.0
 _MIN_TEMPERATURE = 1e-5
 _MIN_REPETITION_PENALTY = 0.01
 _MAX_REPETITION_PENALTY = 100.0
+MAX_SEQUENCES = 128
 _MAX_STOP_SEQUENCES = 64
 _MAX_STOP_SEQUENCE_BYTES = 1024
 
@@ -123,6 +124,7 @@ def to_params(
         cache_read=not generation.cache.bypass_read,
         cache_write=not generation.cache.bypass_write,
         scheduling=scheduling,
+        num_sequences=max(1, generation.sampling.num_sequences),
     )
 
 
@@ -180,6 +182,12 @@ def _check_sampling(asked: pb.SamplingParams) -> None:
             _MIN_REPETITION_PENALTY <= asked.repetition_penalty <= _MAX_REPETITION_PENALTY,
             path + "repetition_penalty",
             f"must be from {_MIN_REPETITION_PENALTY:g} to {_MAX_REPETITION_PENALTY:g}",
+        )
+    if asked.HasField("num_sequences"):
+        _require(
+            1 <= asked.num_sequences <= MAX_SEQUENCES,
+            path + "num_sequences",
+            f"must be from 1 to {MAX_SEQUENCES}",
         )
 
 

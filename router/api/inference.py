@@ -60,7 +60,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self, request: pb.GenerateRequest, context: Context
     ) -> pb.GenerateResponse:
         async with self._running(request, context, whole=True) as (stream, answering):
-            return whole_response(answering, await stream.take())
+            return whole_response(answering, await stream.take_all())
 
     async def GenerateStream(  # noqa: N802
         self, request: pb.GenerateStreamRequest, context: Context
@@ -69,7 +69,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         async with self._running(request, context, whole=False) as (stream, answering):
             sequence = 1
             gathered = None
-            while gathered is None or gathered.finished is None:
+            while gathered is None or not gathered.is_last:
                 gathered = await stream.take()
                 for response in stream_events(answering, gathered, sequence):
                     yield response

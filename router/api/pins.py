@@ -10,7 +10,7 @@ import uuid
 from mili.internal.v1.step_pb2 import Sampling
 from mili.router.api.durations import to_positive_seconds
 from mili.router.api.engine import Engine
-from mili.router.api.events import check_finish
+from mili.router.api.events import check_success
 from mili.router.api.generation import Defaults, check_length, check_token_ids
 from mili.router.api.prompt import PromptReader, TextThreads
 from mili.router.api.streams import Streams
@@ -93,4 +93,4 @@ class Pins:
         finally:
             self._streams.close(stream)
         assert gathered.finished is not None
-        check_finish(gathered.finished.finish)
+        check_success(gathered.finished)

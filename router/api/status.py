@@ -91,6 +91,11 @@ def duration(seconds: float) -> Duration:
     return Duration(seconds=whole, nanos=micros * 1000)
 
 
+def code_number(reason: Reason) -> int:
+    """Return the google.rpc.Code of a reason."""
+    return int(_CODES[reason].value[0])
+
+
 async def abort(context: Context, error: RequestError) -> NoReturn:
     """End the call with the error's status, details and retry trailer."""
     code = _CODES[error.reason]

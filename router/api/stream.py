@@ -1,4 +1,4 @@
-"""One request's unread output: what gathers between the engine and the task that reads.
+"""One call's unread output: what gathers between the engine and the task that reads.
 
 Owns the hand-over, and how a reader that was too slow learns so. Does not know other requests, who
 decides that it was, or protobuf.
@@ -25,17 +25,40 @@ _NO_TIME = Timing(0.0, 0.0, 0.0, 0.0, 0.0, 0, 0, "")
 
 
 class Gathered(NamedTuple):
-    """What a stream received since it was last read."""
+    """What one sequence of a stream received since it was last read."""
 
     started: Started | None
     text: str
     token_ids: list[int]
     first_token_index: int
     finished: Finished | None
+    index: int = 0  # type: ignore[assignment]  # It hides tuple.index.
+
+    @property
+    def is_last(self) -> bool:
+        """Whether nothing comes after it."""
+        return self.finished is not None and not self.finished.num_left
+
+
+class Unread:
+    """What gathers for one sequence."""
+
+    __slots__ = ("finished", "first_token_index", "texts", "token_ids")
+
+    def __init__(self, first_token_index: int) -> None:
+        self.texts: list[str] = []
+        self.token_ids: list[int] = []
+        self.first_token_index = first_token_index
+        self.finished: Finished | None = None
+
+
+_NOTHING_UNREAD = Unread(0)
 
 
 class Stream:
-    """The unread output of one request: outputs gather while the reader is busy.
+    """The unread output of one call: outputs gather while the reader is busy.
+
+    finished: of the last of its sequences, when that has ended.
 
     A reader that wants the whole result is woken once, at the end, and not at every step.
     """
@@ -47,35 +70,35 @@ class Stream:
         self.whole = whole
         self.due = 0.0  # not woken before that time of the loop
         self.num_unread_characters = 0
+        self.num_unread_tokens = 0
         self._started: Started | None = None
-        self._texts: list[str] = []
-        self._token_ids: list[int] = []
-        self._first_token_index = 0
+        self._unread: dict[int, Unread] = {}  # by sequence; those that have ended: in that order
         self._error: RequestError | None = None
         self._loop = asyncio.get_running_loop()
         self.woken = False  # and has not read since
         self._waiter: asyncio.Future[None] | None = None
 
-    @property
-    def num_unread_tokens(self) -> int:
-        return len(self._token_ids)
-
     def put(self, output: RequestOutput) -> None:
         """Take one step's output."""
-        self.finished = output.finished
         if self._error is not None:
-            if output.finished is not None:
-                failed = Finish(FinishReason.ERROR, error=self._error)
-                self.finished = output.finished._replace(finish=failed)
+            if output.finished is not None and not output.finished.num_left:
+                self._fail(output.finished, self._error)
             return
         if output.started is not None:
             self._started = output.started
-        if not self._token_ids:
-            self._first_token_index = output.first_token_index
-        self._token_ids += output.token_ids
+        unread = self._unread.get(output.index)
+        if unread is None:
+            unread = self._unread[output.index] = Unread(output.first_token_index)
+        unread.token_ids += output.token_ids
+        self.num_unread_tokens += len(output.token_ids)
         if output.text:
-            self._texts.append(output.text)
+            unread.texts.append(output.text)
             self.num_unread_characters += len(output.text)
+        if output.finished is not None:
+            unread.finished = output.finished
+            self._unread[output.index] = self._unread.pop(output.index)
+            if not output.finished.num_left:
+                self.finished = output.finished
 
     def wake(self) -> None:
         """Let the reader take what there is."""
@@ -95,27 +118,35 @@ class Stream:
         up, or its connection or deadline ends: gRPC lets nobody else end a call.
         """
         self._error = error
-        self._drop_unread()
+        self._unread.clear()
+        self.num_unread_tokens = self.num_unread_characters = 0
 
     async def take(self) -> Gathered:
-        """Wait for output, and return all of it."""
+        """Wait for output, and return all of it, of one sequence after the other."""
         if not self.woken:
             self._waiter = self._loop.create_future()
             await self._waiter
-        self.woken = False
         self._waiter = None
-        gathered = Gathered(
-            self._started,
-            "".join(self._texts),
-            self._token_ids,
-            self._first_token_index,
-            self.finished,
-        )
-        self._started = None
-        self._drop_unread()
+        index, unread = next(iter(self._unread.items()), (0, _NOTHING_UNREAD))
+        self._unread.pop(index, None)
+        self.woken = bool(self._unread)
+        text = "".join(unread.texts)
+        started, self._started = self._started, None
+        self.num_unread_tokens -= len(unread.token_ids)
+        self.num_unread_characters -= len(text)
+        first = unread.first_token_index
+        return Gathered(started, text, unread.token_ids, first, unread.finished, index)
+
+    async def take_all(self) -> list[Gathered]:
+        """Wait for the end, and return what each sequence gave: of a stream that is read whole."""
+        gathered = [await self.take()]
+        while not gathered[-1].is_last:
+            gathered.append(await self.take())
         return gathered
 
-    def _drop_unread(self) -> None:
-        self._texts = []
-        self._token_ids = []
-        self.num_unread_characters = 0
+    def _fail(self, finished: Finished, error: RequestError) -> None:
+        """The last sequence has ended after the stream was cut."""
+        failed = Finish(FinishReason.ERROR, error=error)
+        self.finished = finished._replace(finish=failed, others_succeeded=False)
+        self._unread[0] = Unread(0)
+        self._unread[0].finished = self.finished

@@ -68,7 +68,7 @@ class Streams:
             if stream is None:
                 continue
             stream.put(output)
-            if output.finished is not None:
+            if stream.finished is not None:
                 self._forget(stream)
                 self._pacer.add(stream, urgent=True)
             elif not stream.whole:

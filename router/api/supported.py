@@ -23,7 +23,7 @@ _SUPPORTED = {
     "TokenIds": "ids",
     "ChatPrompt": "messages template_variables_json",
     "ChatMessage": "role content reasoning_content tool_call_id name",
-    "SamplingParams": "temperature top_p top_k min_p repetition_penalty seed",
+    "SamplingParams": "temperature top_p top_k min_p repetition_penalty seed num_sequences",
     "StopConditions": "max_tokens min_tokens stop_sequences stop_token_ids"
     " include_stop_text ignore_eos time_limit",
     "OutputOptions": "text token_ids skip_special_tokens timing",
@@ -52,7 +52,6 @@ _SUPPORTED_FIELDS = frozenset(
 _NEUTRAL = {
     "mili.v1.SamplingParams.presence_penalty": 0.0,
     "mili.v1.SamplingParams.frequency_penalty": 0.0,
-    "mili.v1.SamplingParams.num_sequences": 1,
 }
 
 # A list of messages may be so long: each of them is looked at, one by one.

@@ -132,8 +132,8 @@ BAD: dict[str, tuple[Callable[[], pb.Generation], str, str]] = {
         "sampling.logit_bias",
     ),
     "num_sequences": (
-        lambda: sampled(num_sequences=2),
-        "UNSUPPORTED_FIELD",
+        lambda: sampled(num_sequences=129),
+        "INVALID_FIELD",
         "sampling.num_sequences",
     ),
 }

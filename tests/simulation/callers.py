@@ -19,7 +19,7 @@ from mili.router.request import (
     RequestOutput,
 )
 from tests.fake_worker import FakeModel
-from tests.scheduler_simulation import expected
+from tests.scheduler_simulation import expected, sequences
 from tests.simulation.router_process import LETTERS, Executing, RouterProcess
 from tests.simulation.timeline import Timeline
 from tests.simulation.trace import Trace
@@ -34,6 +34,7 @@ REFUSALS = (
     Reason.CONTEXT_TOO_LONG,
     Reason.DEADLINE_UNREACHABLE,
     Reason.DEADLINE_EXCEEDED,
+    Reason.INVALID_FIELD,
 )
 
 
@@ -42,25 +43,36 @@ LEAST = 1e-6
 
 
 class Told:
-    """One accepted request, and what its caller was told."""
+    """One sequence of an accepted request, and what its caller was told. call: all of them."""
 
-    def __init__(self, params: GenerationParams, context_limit: int, now: float) -> None:
+    def __init__(
+        self, params: GenerationParams, context_limit: int, now: float, call: list[Told]
+    ) -> None:
         self.params = params
         self.context_limit = context_limit
         self.submitted_at = self.moved_at = now
-        self.started = False
+        self.call = call
+        self.is_first = not call
+        self.finish: Finish | None = None
+        self._started = False
         # Deaths of the worker that computed it, and those of which it is the only suspect.
         self.total_deaths = self.deaths = self.strikes = 0
         self.token_ids: list[int] = []
         self.text = ""
 
+    @property
+    def started(self) -> bool:
+        """Whether the call has begun, which its first sequence tells."""
+        return self.call[0]._started
+
     def hear(self, output: RequestOutput) -> None:
         """I1: the start before all else and once, tokens numbered without a hole."""
         if output.started:
+            assert self.is_first, "I1: started once for each sequence"
             assert not self.started, "I1: started twice"
             assert not self.token_ids, "I1: a token before the start"
             assert output.started.prompt_tokens == len(self.params.prompt_token_ids)
-            self.started = True
+            self._started = True
         if output.token_ids:
             assert self.started, "I1: a token before the start"
             assert output.first_token_index == len(self.token_ids), "I1: a hole, or a token twice"
@@ -70,7 +82,7 @@ class Told:
 
 
 class Callers:
-    """Everybody who asks. `live` has the accepted requests that have not ended."""
+    """Everybody who asks. `live` has the accepted sequences that have not ended, by their ids."""
 
     def __init__(
         self, router: RouterProcess, timeline: Timeline, trace: Trace, rng: random.Random
@@ -113,16 +125,23 @@ class Callers:
     def _submit(self, name: str, params: GenerationParams) -> None:
         totals, engine = self._trace.totals, self._router.engine
         totals["asked"] += 1
-        told = self.live[name] = Told(params, engine.context_limit, self._timeline.now)
+        call: list[Told] = []
+        for index, alone in enumerate(sequences(params)):
+            told = Told(alone, engine.context_limit, self._timeline.now, call)
+            self.live[sequence_id(name, index)] = told
+            call.append(told)
         self._trace.note(
-            f"caller: {name} asks for {params.max_tokens} after {params.prompt_token_ids}"
+            f"caller: {name} asks for {params.num_sequences} x {params.max_tokens}"
+            f" after {params.prompt_token_ids}"
         )
         try:
             engine.submit(name, params)
             totals["accepted"] += 1
+            totals["siblings"] += len(call) - 1
         except RequestError as error:
-            assert not told.started, "refused after the start"
-            del self.live[name]
+            assert not call[0].started, "refused after the start"
+            for index in range(len(call)):
+                del self.live[sequence_id(name, index)]
             totals[f"refused {error.reason}"] += 1
             self._trace.note(f"caller: {name} is refused, {error.reason}")
             self._check_refusal(params, error)
@@ -134,6 +153,9 @@ class Callers:
         assert (error.reason == Reason.NO_WORKERS) == (not self._router.serving), error
         assert (error.reason == Reason.DRAINING) == self._all_drain(), error
         assert error.reason != Reason.CONTEXT_TOO_LONG or too_long, error
+        rows = (each.max_running for each in self._router.schedulers.values() if each.max_running)
+        too_many = params.num_sequences > min(rows, default=0)
+        assert error.reason != Reason.INVALID_FIELD or too_many, error
         assert error.retry_after is not None or error.reason in REFUSALS[3:], error
 
     def _all_drain(self) -> bool:
@@ -142,20 +164,26 @@ class Callers:
 
     def _cancel(self, name: str) -> None:
         self._trace.note(f"caller: {name} is cancelled")
-        was_live = name in self.live
+        was_live = self._is_live(name)
         assert self._router.engine.cancel(name) == was_live
-        assert name not in self.live, "I1: cancelled, and not told the end"
+        assert not self._is_live(name), "I1: cancelled, and not told the end"
+
+    def _is_live(self, name: str) -> bool:
+        """Whether any sequence of a call is."""
+        return any(live.split("\0")[0] == name for live in self.live)
 
     def deliver(self, outputs: list[RequestOutput]) -> None:
         """Outputs of one step."""
         for output in outputs:
             self._trace.note(f"told {output}")
-            told = self.live.get(output.request_id)
+            name = sequence_id(output.request_id, output.index)
+            told = self.live.get(name)
             assert told is not None, "I1: told something after the end"
             told.hear(output)
             if output.finished:
-                del self.live[output.request_id]
+                del self.live[name]
                 self._check_end(told, output.finished)
+                told.finish = output.finished.finish
 
     def on_lost(self, executing: Executing, died: bool) -> None:
         """A worker was lost that computed these; if it died, one of them may be the cause."""
@@ -178,13 +206,20 @@ class Callers:
         totals, tokens = self._trace.totals, told.token_ids
         ended = finish.error.reason if finish.error else finish.reason.name
         totals[f"ended {ended}"] += 1
-        totals["preemptions"] += timing.preemptions
-        totals["recoveries"] += timing.recoveries
-        totals["cache hits"] += usage.cached_prompt_tokens > 0
-        totals["recomputed"] += usage.recomputed_tokens
+        if not finished.num_left:
+            totals["preemptions"] += timing.preemptions
+            totals["recoveries"] += timing.recoveries
+            totals["cache hits"] += usage.cached_prompt_tokens > 0
+            totals["recomputed"] += usage.recomputed_tokens
         self._check_punctuality(told)
+        ended_before = [each.finish for each in told.call if each.finish]
+        assert finished.num_left == len(told.call) - len(ended_before) - 1, "I1: who is left?"
+        assert finished.others_succeeded == any(not each.error for each in ended_before)
         assert usage.prompt_tokens == len(told.params.prompt_token_ids)
-        assert usage.completion_tokens == len(tokens)
+        told_tokens = sum(len(each.token_ids) for each in told.call)
+        # Of siblings more may be known, and told next.
+        assert usage.completion_tokens >= told_tokens, "usage is of the whole call"
+        assert finished.num_left or usage.completion_tokens == told_tokens, "and of nothing else"
         assert usage.cached_prompt_tokens < usage.prompt_tokens
         assert told.params.cache_read or not usage.cached_prompt_tokens, "read, and may not"
         alone, reason = expected(self._model, told.params, told.context_limit)
@@ -215,6 +250,9 @@ class Callers:
     def _may_end_early(self, told: Told, finish: Finish) -> bool:
         """Whether the end has a reason beside what the model said; then this must be a good one."""
         scheduling = told.params.scheduling
+        if any(each.finish is finish for each in told.call):
+            assert not told.token_ids, "ended with a sibling that it did not wait for"
+            return True
         waited = self._timeline.now - told.submitted_at + LEAST
         if finish.reason == FinishReason.TIME_LIMIT:
             assert waited >= scheduling.time_limit, f"ended by its limit after {waited} s"
@@ -237,7 +275,9 @@ class Callers:
                 assert not told.started, "begun, and ended for waiting"
                 assert waited >= self._queue_limit(told), f"waited only {waited} s"
             case Reason.QUEUE_FULL:
-                assert not told.started, "begun, and displaced from the queue"
+                assert not (told.started if told.is_first else told.token_ids), (
+                    "begun, and displaced from the queue"
+                )
             case Reason.POISON_REQUEST:
                 assert told.strikes >= MAX_STRIKES, "poison, and others were suspects too"
                 deadly = told.params.sampling.top_k == DEADLY_TOP_K
@@ -251,6 +291,11 @@ class Callers:
             case other:
                 raise AssertionError(f"nothing ends with {other}")
         return True
+
+
+def sequence_id(name: str, index: int) -> str:
+    """What the router calls a sequence of a call."""
+    return f"{name}\0{index}" if index else name
 
 
 def _text(told: Told, finish: Finish) -> str:

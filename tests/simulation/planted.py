@@ -29,8 +29,8 @@ class Plant(NamedTuple):
 PLANTED = {
     # The engine: who is live, where, and what callers are told.
     "cancelled while it has no worker": Plant(
-        "            if request in self._homeless:\n                self._homeless.remove",
-        "            if False:\n                self._homeless.remove",
+        "            elif request in self._homeless:\n                self._homeless.remove",
+        "            elif False:\n                self._homeless.remove",
     ),
     "given up and kept": Plant(
         "                self._homeless.remove(request)\n",
@@ -51,11 +51,11 @@ PLANTED = {
         "pass",
     ),
     "started again after a preemption": Plant(
-        "for each in admitted if each.admitted_at is None]",
-        "for each in admitted]",
+        "            if request.admitted_at is None:\n                request",
+        "            if True:\n                request",
     ),
     "who has ended stays on the books": Plant(
-        "            del self._requests[request.request_id]\n", ""
+        "        del self._requests[request.request_id]\n", ""
     ),
     "tokens are numbered from one": Plant(
         "first_token_index=request.num_output_tokens - len(token_ids)",
@@ -71,12 +71,35 @@ PLANTED = {
     # Operators: who is drained, and what is pinned.
     "a worker that drains is placed on": Plant("        self._open.pop(name, None)\n", ""),
     "who is interrupted by a drain stays": Plant(
-        "        if self._fleet.is_draining(group.name):\n            self._move(group.name)\n", ""
+        "        if self._fleet.is_draining(group.name):\n"
+        "            self._tell([], self._dispatch.move(group.name, now))\n",
+        "",
     ),
     "a drain outlives its worker": Plant(
         "        self._migrate_at.pop(name, None)\n        self._pins", "        self._pins"
     ),
     "a pin never expires": Plant("        self._fleet.expire_pins(now)\n", ""),
+    # Siblings: the sequences of one call.
+    "siblings are twins": Plant("return seed ^ (index * _SEED_STRIDE & _SEED_BITS)", "return seed"),
+    "only the first is cancelled": Plant(
+        "for member in family.members if member.finish is None]",
+        "for member in family.members[:1] if member.finish is None]",
+    ),
+    "orphans wait for ever": Plant(
+        "ended = [*ended, *self._siblings.bereave(ended)]", "ended = [*ended]"
+    ),
+    "a leader that failed has no heir": Plant(
+        "elif published or leader.finish is not None:", "elif published:"
+    ),
+    "siblings follow into a drain": Plant(
+        "if published and self._fleet.is_open(leader.worker):", "if published:"
+    ),
+    "who ends while waiting for a sibling still waits": Plant(
+        "        self._families[request.call_id].waiting.remove(request)\n", ""
+    ),
+    "one success counts for nobody": Plant(
+        "        self.any_succeeded |= member.finish.error is None\n", ""
+    ),
     # Time: who ends when.
     "a deadline is for others": Plant("if now >= deadline:", "if now >= deadline + 1.0:"),
     "a time limit starts again": Plant(

@@ -64,6 +64,7 @@ class Wishes:
             cache_read=rng.random() < 0.9,
             cache_write=rng.random() < 0.9,
             scheduling=self._scheduling(tenant, now),
+            num_sequences=rng.choice((2, 3, 5)) if rng.random() < 0.2 else 1,
         )
 
     def easy(self) -> GenerationParams:

@@ -27,6 +27,7 @@ WORKING = {
         f"generation.sampling.{name}"
         for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
     ),
+    "generation.sampling.num_sequences",
     *(
         f"generation.stopping.{name}"
         for name in ("max_tokens", "min_tokens", "stop_sequences", "stop_token_ids")
@@ -140,7 +141,6 @@ def test_neutral_values_say_nothing() -> None:
     sampling = request.generation.sampling
     sampling.presence_penalty = 0
     sampling.frequency_penalty = 0
-    sampling.num_sequences = 1
     request.generation.structured_output.after_reasoning = False
     request.generation.structured_output.SetInParent()
     request.stream_options.resume_window.SetInParent()
@@ -151,8 +151,6 @@ def test_neutral_values_say_nothing() -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("num_sequences", 0),
-        ("num_sequences", 2),
         ("presence_penalty", float("nan")),
         ("frequency_penalty", -0.5),
     ],

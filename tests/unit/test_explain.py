@@ -87,7 +87,8 @@ def test_stories_are_bounded() -> None:
         for at in range(2 * MAX_EVENTS):
             journal.note(request, float(at), "queued" if at == 0 else "preempted")
         request.end(Finish(FinishReason.CANCELLED))
-        journal.end(request, 99.0)
+        journal.ended(request, 99.0)
+        journal.close(request, request.usage, request.timing(99.0))
     assert len(journal) == 0
     assert journal.explain_ended("9") is None
     story = journal.explain_ended("10")
