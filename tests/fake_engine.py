@@ -112,8 +112,9 @@ class FakeEngine:
         self.deliver([RequestOutput(request_id, started=self._started(request_id))])
 
     def step(self) -> None:
-        """Give every running request its next token, in one batch."""
-        self.deliver([self._next(request_id) for request_id in list(self.lengths)])
+        """Give every sequence of every running request its next token, in one batch."""
+        running = list(self.lengths)
+        self.deliver([output for request_id in running for output in self._next(request_id)])
 
     async def run(self) -> None:
         """Step until nothing runs, as fast as the event loop goes round."""
@@ -124,19 +125,27 @@ class FakeEngine:
     def finish(self, request_id: str, finish: Finish) -> None:
         """End a request."""
         first = self.lengths[request_id]
-        finished = self._finished(request_id, finish)
-        self.deliver([RequestOutput(request_id, first_token_index=first, finished=finished)])
+        outputs = [
+            RequestOutput(request_id, first_token_index=first, finished=finished, index=index)
+            for index, finished in enumerate(self._finished(request_id, finish))
+        ]
+        self.deliver(outputs)
 
-    def _next(self, request_id: str) -> RequestOutput:
+    def _next(self, request_id: str) -> list[RequestOutput]:
         params = self.params[request_id]
         index = self.lengths[request_id]
         self.lengths[request_id] += 1
         started = self._started(request_id)
-        finished = None
+        ends: list[Finished | None] = [None] * params.num_sequences
         if index + 1 == params.max_tokens:
-            finished = self._finished(request_id, Finish(FinishReason.MAX_TOKENS))
+            ends[:] = self._finished(request_id, Finish(FinishReason.MAX_TOKENS))
         text = letter(index) if params.text else ""
-        return RequestOutput(request_id, (index,), text, index, started, finished)
+        first = RequestOutput(request_id, (index,), text, index, started, ends[0])
+        others = enumerate(ends[1:], 1)
+        return [
+            first,
+            *(first._replace(started=None, finished=end, index=number) for number, end in others),
+        ]
 
     def _started(self, request_id: str) -> Started | None:
         if request_id in self.started:
@@ -144,11 +153,15 @@ class FakeEngine:
         self.started.add(request_id)
         return Started(len(self.params[request_id].prompt_token_ids), 2)
 
-    def _finished(self, request_id: str, finish: Finish) -> Finished:
+    def _finished(self, request_id: str, finish: Finish) -> list[Finished]:
+        """The end of each sequence of a request, which they all come to in one step."""
         self.started.discard(request_id)
-        prompt = len(self.params[request_id].prompt_token_ids)
-        usage = Usage(prompt, 2, self.lengths.pop(request_id), 3)
-        return Finished(finish, usage, Timing(0.5, 0.25, 0.75, 1.5, 2.25, 1, 0, "w0"))
+        params = self.params[request_id]
+        completion = self.lengths.pop(request_id) * params.num_sequences
+        usage = Usage(len(params.prompt_token_ids), 2, completion, 3)
+        timing = Timing(0.5, 0.25, 0.75, 1.5, 2.25, 1, 0, "w0")
+        left = reversed(range(params.num_sequences))
+        return [Finished(finish, usage, timing, num_left) for num_left in left]
 
 
 def letter(index: int) -> str:

@@ -72,6 +72,11 @@ def sequences(params: GenerationParams) -> list[GenerationParams]:
     return [replace(params, sampling=sampling, num_sequences=1) for sampling in alone]
 
 
+def sequence_id(name: str, index: int) -> str:
+    """What the router calls a sequence of a call."""
+    return f"{name}\0{index}" if index else name
+
+
 class Simulation:
     """One random history, driven by one seed. `core` holds the Scheduler, Request, ... to test."""
 

@@ -77,7 +77,7 @@ class Streams:
                 if stream.woken and self._is_slow(stream):
                     slow.append(stream)
         # The engine answers a cancel with outputs: this method must have come to its end.
-        for stream in slow:
+        for stream in dict.fromkeys(slow):
             self._cut(stream)
         self._pacer.wake_due(len(self._live))
 

@@ -19,7 +19,7 @@ from mili.router.request import (
     RequestOutput,
 )
 from tests.fake_worker import FakeModel
-from tests.scheduler_simulation import expected, sequences
+from tests.scheduler_simulation import expected, sequence_id, sequences
 from tests.simulation.router_process import LETTERS, Executing, RouterProcess
 from tests.simulation.timeline import Timeline
 from tests.simulation.trace import Trace
@@ -291,11 +291,6 @@ class Callers:
             case other:
                 raise AssertionError(f"nothing ends with {other}")
         return True
-
-
-def sequence_id(name: str, index: int) -> str:
-    """What the router calls a sequence of a call."""
-    return f"{name}\0{index}" if index else name
 
 
 def _text(told: Told, finish: Finish) -> str:

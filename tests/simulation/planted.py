@@ -55,7 +55,8 @@ PLANTED = {
         "            if True:\n                request",
     ),
     "who has ended stays on the books": Plant(
-        "        del self._requests[request.request_id]\n", ""
+        "        del self._requests[request.request_id]\n        return finished",
+        "        return finished",
     ),
     "tokens are numbered from one": Plant(
         "first_token_index=request.num_output_tokens - len(token_ids)",
@@ -91,8 +92,9 @@ PLANTED = {
     "a leader that failed has no heir": Plant(
         "elif published or leader.finish is not None:", "elif published:"
     ),
-    "siblings follow into a drain": Plant(
-        "if published and self._fleet.is_open(leader.worker):", "if published:"
+    "a deadline is for the first alone": Plant(
+        "self._deadlines.watch(sequence, *times_of(sequence))",
+        "self._deadlines.watch(request, *times_of(request))",
     ),
     "who ends while waiting for a sibling still waits": Plant(
         "        self._families[request.call_id].waiting.remove(request)\n", ""

@@ -17,7 +17,7 @@ from mili.router.pipeline import DEEP, SHALLOW, SHORT_STEP
 from mili.router.recovery import MAX_DEATHS
 from mili.router.request import Finished, FinishReason, GenerationParams, RequestOutput
 from tests.fake_worker import EOS, FakeModel, FakeWorker, seed_of
-from tests.scheduler_simulation import expected
+from tests.scheduler_simulation import expected, sequence_id, sequences
 
 CONTEXT_LIMIT = 40
 
@@ -73,7 +73,7 @@ class Harness:
 
     def deliver(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:
-            told = self.outputs[output.request_id]
+            told = self.outputs[sequence_id(output.request_id, output.index)]
             assert not any(earlier.finished for earlier in told), "told something after the end"
             told.append(output)
 
@@ -102,8 +102,11 @@ class Harness:
         told = self.outputs[request_id]
         starts = [index for index, output in enumerate(told) if output.started]
         tokens = [index for index, output in enumerate(told) if output.token_ids]
-        assert len(starts) == 1 if tokens else len(starts) <= 1
-        assert not tokens or starts[0] < tokens[0]
+        if "\0" in request_id:
+            assert not starts, "a sibling has no start of its own"
+        else:
+            assert len(starts) == 1 if tokens else len(starts) <= 1
+            assert not tokens or starts[0] < tokens[0]
         assert [bool(output.finished) for output in told].index(True) == len(told) - 1
 
     def finished(self, request_id: str) -> Finished:
@@ -496,13 +499,15 @@ class History:
             min_tokens=self.random.choice((0, 0, 4)),
             eos_token_ids=frozenset({EOS}),
             cache_namespace=namespace,
+            num_sequences=self.random.choice((1, 1, 1, 2, 4)),
         )
         try:
             self.engine.submit(name, wanted)
         except RequestError as error:
             self.totals[error.reason] += 1
         else:
-            self.asked[name] = wanted, self.engine.context_limit
+            for index, alone in enumerate(sequences(wanted)):
+                self.asked[sequence_id(name, index)] = alone, self.engine.context_limit
 
     def answer(self) -> None:
         self.harness.answer(self.random.choice(self.harness.groups))
@@ -530,7 +535,7 @@ class History:
 
     def cancel(self) -> None:
         if self.asked:
-            self.engine.cancel(self.random.choice(list(self.asked)))
+            self.engine.cancel(self.random.choice(list(self.asked)).split("\0")[0])
 
     def check(self) -> None:
         """I4: every live request is in exactly one place."""
@@ -549,6 +554,7 @@ class History:
         wanted, limit = self.asked[name]
         finished, got = self.harness.finished(name), self.harness.tokens(name)
         self.harness.check_told(name)
+        self.totals["siblings"] += "\0" in name
         tokens, reason = expected(FakeModel(), wanted, limit)
         end = finished.finish
         self.totals[end.reason.name] += 1
@@ -570,7 +576,7 @@ def test_random_histories_over_three_workers(part: int) -> None:
     print(dict(totals))
     for happening in (
         "recoveries", "preemptions", "EOS", "MAX_TOKENS", "CANCELLED", "NO_WORKERS", "DRAINING",
-        "running when drained",
+        "running when drained", "siblings",
     ):  # fmt: skip
         assert totals[happening] >= 20, (happening, totals)
     assert totals["EOS"] + totals["MAX_TOKENS"] > 500
