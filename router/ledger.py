@@ -83,14 +83,11 @@ class Ledger:
             finished = self._close(request, now)
             if request.finish.reason is FinishReason.TIME_LIMIT and request.admitted_at is None:
                 started = None if request.index else Started(request.num_prompt_tokens, 0)
+        text = request.text.take() if request.text else ""
+        first = len(request.token_ids) - request.num_prompt_tokens - len(token_ids)
+        # By position: this is made for every token of everybody.
         return RequestOutput(
-            request.call_id,
-            token_ids=token_ids,
-            text=request.text.take() if request.text else "",
-            first_token_index=request.num_output_tokens - len(token_ids),
-            started=started,
-            finished=finished,
-            index=request.index,
+            request.call_id, token_ids, text, first, started, finished, request.index
         )
 
     def _close(self, request: Request, now: float) -> Finished:

@@ -86,17 +86,18 @@ class Stream:
             return
         if output.started is not None:
             self._started = output.started
-        unread = self._unread.get(output.index)
+        index, token_ids, text = output.index, output.token_ids, output.text
+        unread = self._unread.get(index)
         if unread is None:
-            unread = self._unread[output.index] = Unread(output.first_token_index)
-        unread.token_ids += output.token_ids
-        self.num_unread_tokens += len(output.token_ids)
-        if output.text:
-            unread.texts.append(output.text)
-            self.num_unread_characters += len(output.text)
+            unread = self._unread[index] = Unread(output.first_token_index)
+        unread.token_ids += token_ids
+        self.num_unread_tokens += len(token_ids)
+        if text:
+            unread.texts.append(text)
+            self.num_unread_characters += len(text)
         if output.finished is not None:
             unread.finished = output.finished
-            self._unread[output.index] = self._unread.pop(output.index)
+            self._unread[index] = self._unread.pop(index)
             if not output.finished.num_left:
                 self.finished = output.finished
 
@@ -127,13 +128,13 @@ class Stream:
             self._waiter = self._loop.create_future()
             await self._waiter
         self._waiter = None
-        index, unread = next(iter(self._unread.items()), (0, _NOTHING_UNREAD))
-        self._unread.pop(index, None)
+        index = next(iter(self._unread), 0)
+        unread = self._unread.pop(index, _NOTHING_UNREAD)
         self.woken = bool(self._unread)
         text = "".join(unread.texts)
-        started, self._started = self._started, None
         self.num_unread_tokens -= len(unread.token_ids)
         self.num_unread_characters -= len(text)
+        started, self._started = self._started, None
         first = unread.first_token_index
         return Gathered(started, text, unread.token_ids, first, unread.finished, index)
 

@@ -59,8 +59,8 @@ PLANTED = {
         "        return finished",
     ),
     "tokens are numbered from one": Plant(
-        "first_token_index=request.num_output_tokens - len(token_ids)",
-        "first_token_index=request.num_output_tokens",
+        "first = len(request.token_ids) - request.num_prompt_tokens - len(token_ids)",
+        "first = len(request.token_ids) - request.num_prompt_tokens",
     ),
     "a step too many in flight": Plant(
         "while len(scheduler.in_flight) < depth", "while len(scheduler.in_flight) <= depth"
