@@ -44,6 +44,11 @@ class Dispatch:
         """Live requests that do not run."""
         return self._shares.num_waiting + len(self._homeless) + self._siblings.num_waiting
 
+    @property
+    def num_homeless_tokens(self) -> int:
+        """Known tokens of those that are with no group for want of one."""
+        return self._homeless.num_tokens
+
     def position(self, request: Request) -> int:
         """How many go before it in its group; 0 where it does not wait in one."""
         if request.row or request in self._homeless or request in self._siblings:
@@ -74,6 +79,10 @@ class Dispatch:
             if name is not None:
                 names[name] = None
         return [output for name in names for output in self.pump(name, now)]
+
+    def welcome(self, requests: Sequence[Request], now: float) -> list[RequestOutput]:
+        """A group takes requests from now on: place these, and those that are with none."""
+        return self.place([*requests, *self._homeless.leave()], now)
 
     def pump(self, name: str, now: float) -> list[RequestOutput]:
         """Keep the pipeline of a group full."""

@@ -19,11 +19,10 @@ from mili.router.dispatch import Dispatch
 from mili.router.fair_share import FairShare
 from mili.router.faults import OnFault, reports_faults
 from mili.router.fleet import Fleet
-from mili.router.introspection import Explanation, Load, Pinned
 from mili.router.kv_cache import DEFAULT_CACHE, CacheSettings
 from mili.router.ledger import Ledger
-from mili.router.load import load_of
 from mili.router.meters import Meters
+from mili.router.operations import Operations
 from mili.router.pipeline import Pipeline
 from mili.router.recorder import Recorder
 from mili.router.recovery import Homeless, judge
@@ -53,6 +52,7 @@ class Engine:
     has `finished`, and its id is free from then on. on_fault: the engine is broken and must not be
     used any more. wake_at: hears by when, in the clock's seconds, tick() should be called next.
     max_queue_time: seconds that a request waits which does not say. itl_goal: as Scheduler has it.
+    What operators ask for stands in `operations`.
     """
 
     def __init__(
@@ -95,6 +95,14 @@ class Engine:
             siblings=self._siblings,
             deadlines=self._deadlines,
             ledger=self._ledger,
+        )
+        self.operations = Operations(
+            fleet=self._fleet,
+            dispatch=self._dispatch,
+            ledger=self._ledger,
+            tell=self._tell,
+            on_fault=on_fault,
+            clock=clock,
         )
 
     @property
@@ -139,19 +147,6 @@ class Engine:
         pipeline = self._fleet.pipelines.get(group)
         return pipeline.scheduler if pipeline else None
 
-    def load(self) -> Load:
-        """How busy all groups together are now."""
-        pipelines = self._fleet.pipelines.values()
-        homeless, meter = self._homeless, self._ledger.meter
-        return load_of(pipelines, self.num_queued, homeless, meter, self._clock())
-
-    def explain(self, request_id: str) -> Explanation | None:
-        """Tell what happened to a request; None for one that is not remembered."""
-        live = self._ledger.live(request_id)
-        if not live:
-            return self._ledger.explain_ended(request_id)
-        return self._ledger.explain(live[0], self._clock(), self._dispatch.position(live[0]))
-
     @reports_faults
     def submit(self, request_id: str, params: GenerationParams) -> None:
         """Take a request; raise RequestError when that is impossible now, or in vain.
@@ -173,7 +168,7 @@ class Engine:
             self._deadlines.watch(sequence, *times_of(sequence))
         self._ledger.note(request, now, "queued", f"for about {wait:.2f} s")
         self._dispatch.settle(request, name, now)
-        self._tell(displaced, self._dispatch.pump(name, now) if name else [])
+        self._tell(self._dispatch.pump(name, now) if name else [], displaced)
 
     @reports_faults
     def cancel(self, request_id: str) -> bool:
@@ -181,7 +176,7 @@ class Engine:
         requests = self._ledger.live(request_id)
         for request in requests:
             request.end(Finish(FinishReason.CANCELLED))
-        self._tell(requests, self._dispatch.drop(requests, self._clock()))
+        self._tell(self._dispatch.drop(requests, self._clock()), requests)
         return bool(requests)
 
     @reports_faults
@@ -197,49 +192,10 @@ class Engine:
                 self._homeless.give_up(request, now)
             if request.finish:
                 over.append(request)
-        self._tell(over, self._dispatch.drop(over, now))
+        self._tell(self._dispatch.drop(over, now), over)
         self._fleet.expire_pins(now)
         for name in self._fleet.migrate(now):
-            self._tell([], self._dispatch.move(name, now))
-
-    @reports_faults
-    def drain(self, group: str, migrate_after: float | None) -> int:
-        """Place nothing on a group any more, until undrain or until it is lost.
-
-        What waits there moves at once; what runs finishes there, or moves after `migrate_after`
-        seconds if another group takes requests then. Returns the running sequences. Raises
-        RequestError for a group that does not serve.
-        """
-        after = math.inf if migrate_after is None else migrate_after
-        now = self._clock()
-        running = len(self._fleet.drain(group, now + after).running)
-        self._tell([], self._dispatch.move(group, now))
-        log.info("worker drains", worker=group, running=running)
-        return running
-
-    @reports_faults
-    def undrain(self, group: str) -> None:
-        """Place requests on a group again. Raises RequestError for one that does not serve."""
-        if self._fleet.undrain(group):
-            log.info("worker takes requests again", worker=group)
-            now = self._clock()
-            started = self._dispatch.place(self._homeless.leave(), now)
-            self._tell([], started + self._dispatch.pump(group, now))
-
-    @reports_faults
-    def pin(self, namespace: bytes, token_ids: Sequence[int], seconds: float) -> Pinned:
-        """Keep what is cached of a prefix for a time, where most of it is."""
-        return self._fleet.pin(namespace, token_ids, self._clock() + seconds)
-
-    @reports_faults
-    def unpin(self, pin_id: str) -> None:
-        """Release a prefix. Raises RequestError (PIN_NOT_FOUND)."""
-        self._fleet.unpin(pin_id)
-
-    @reports_faults
-    def flush(self, tenant_prefix: bytes | None) -> int:
-        """Forget what nobody holds of a tenant's prefixes, of all for None; returns the blocks."""
-        return self._fleet.flush(tenant_prefix)
+            self._tell(self._dispatch.move(name, now))
 
     @reports_faults
     def on_ready(self, group: WorkerGroup) -> None:
@@ -257,8 +213,7 @@ class Engine:
             tokens_per_step=group.limits.max_step_tokens,
         )
         waiting = self._fleet.join(Pipeline(group, scheduler, self._pipeline_depth, meters))
-        requests = [*waiting, *self._homeless.leave()]
-        self._tell([], self._dispatch.place(requests, self._clock()))
+        self._tell(self._dispatch.welcome(waiting, self._clock()))
 
     @reports_faults
     def on_result(self, group: WorkerGroup, result: StepResult) -> None:
@@ -277,7 +232,7 @@ class Engine:
                 self._admission.learn(request)
         self._deliver(outputs + started)
         if self._fleet.is_draining(group.name):
-            self._tell([], self._dispatch.move(group.name, now))
+            self._tell(self._dispatch.move(group.name, now))
 
     @reports_faults
     def on_lost(self, group: WorkerGroup, reason: str, *, died: bool) -> None:
@@ -292,7 +247,7 @@ class Engine:
             judge(request)
         over = [request for request in requests if request.finish]
         going_on = [request for request in requests if not request.finish]
-        self._tell(over, self._dispatch.place(going_on, now))
+        self._tell(self._dispatch.place(going_on, now), over)
 
     def _make_way(self, newcomer: Request, name: str | None, wait: float) -> list[Request]:
         """If the queue is full, its last one ends; raise RequestError if that is the newcomer."""
@@ -306,8 +261,8 @@ class Engine:
         self._fleet.scheduler(last.worker).abort(last)
         return [last]
 
-    def _tell(self, ended: Sequence[Request], started: Sequence[RequestOutput] = ()) -> None:
-        """Deliver the last output of requests that have ended, and the first of others."""
+    def _tell(self, started: Sequence[RequestOutput], ended: Sequence[Request] = ()) -> None:
+        """Deliver the first output of some requests, and before it the last of those that ended."""
         now = self._clock()
         ended = [*ended, *self._siblings.bereave(ended)]
         outputs = [*(self._ledger.output(request, None, now) for request in ended), *started]

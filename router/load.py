@@ -7,24 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from mili.router.dispatch import Dispatch
 from mili.router.introspection import Load
 from mili.router.meter import Meter
 from mili.router.pipeline import Pipeline
-from mili.router.recovery import Homeless
 
 
-def load_of(
-    pipelines: Collection[Pipeline], num_queued: int, homeless: Homeless, meter: Meter, now: float
-) -> Load:
-    """The load of all groups that serve, and of those who wait: num_queued, wherever they do."""
+def load_of(pipelines: Collection[Pipeline], dispatch: Dispatch, meter: Meter, now: float) -> Load:
+    """The load of all groups that serve, and of those who wait, wherever they do."""
     schedulers = [pipeline.scheduler for pipeline in pipelines]
     usages = [scheduler.kv.usage() for scheduler in schedulers]
     available = sum(usage.free + usage.evictable for usage in usages)
     blocks = sum(usage.total - 1 for usage in usages)
     waiting_tokens = sum(scheduler.num_waiting_tokens for scheduler in schedulers)
     return Load(
-        queued_requests=num_queued,
-        queued_prompt_tokens=waiting_tokens + homeless.num_tokens,
+        queued_requests=dispatch.num_queued,
+        queued_prompt_tokens=waiting_tokens + dispatch.num_homeless_tokens,
         running_sequences=sum(len(scheduler.running) for scheduler in schedulers),
         kv_utilization=1 - available / blocks if blocks else 0.0,
         prefix_hit_ratio=meter.prefix_hit_ratio(now),

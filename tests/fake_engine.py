@@ -66,6 +66,10 @@ class FakeEngine:
         self.pins: dict[str, tuple[bytes, list[int], float]] = {}
         self.flushed: list[bytes | None] = []
 
+    @property
+    def operations(self) -> FakeEngine:
+        return self
+
     def submit(self, request_id: str, params: GenerationParams) -> None:
         if self.refusal is not None:
             self.refused.set()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from mili.router.api.durations import to_positive_seconds, to_seconds
-from mili.router.api.engine import Engine
+from mili.router.api.engine import Operations
 from mili.router.api.events import to_timing, to_usage
 from mili.router.api.model import ServedModel, revision
 from mili.router.api.pins import Pins
@@ -69,7 +69,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     def __init__(
         self,
         *,
-        engine: Engine,
+        operations: Operations,
         model: ServedModel,
         pins: Pins,
         tenants: Tenants,
@@ -77,7 +77,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         info: ServerInfo,
         clock: Callable[[], float],
     ) -> None:
-        self._engine = engine
+        self._operations = operations
         self._model = model
         self._pins = pins
         self._tenants = tenants
@@ -129,21 +129,21 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         migrate_after = None
         if request.HasField("migrate_after"):
             migrate_after = to_seconds(request.migrate_after, "migrate_after")
-        running = self._engine.drain(self._group_of(request.name), migrate_after)
+        running = self._operations.drain(self._group_of(request.name), migrate_after)
         return pb.DrainWorkerResponse(running_sequences=running)
 
     async def UndrainWorker(  # noqa: N802
         self, request: pb.UndrainWorkerRequest, context: Context
     ) -> pb.UndrainWorkerResponse:
         check_supported(request)
-        self._engine.undrain(self._group_of(request.name))
+        self._operations.undrain(self._group_of(request.name))
         return pb.UndrainWorkerResponse()
 
     async def ExplainRequest(  # noqa: N802
         self, request: pb.ExplainRequestRequest, context: Context
     ) -> pb.ExplainRequestResponse:
         check_supported(request)
-        told = self._engine.explain(request.request_id)
+        told = self._operations.explain(request.request_id)
         if told is None:
             name = request.request_id
             raise NotFoundError(Reason.REQUEST_NOT_FOUND, "request", name, field="request_id")
@@ -176,7 +176,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         self, request: pb.UnpinPrefixRequest, context: Context
     ) -> pb.UnpinPrefixResponse:
         check_supported(request)
-        self._engine.unpin(request.pin_id)
+        self._operations.unpin(request.pin_id)
         return pb.UnpinPrefixResponse()
 
     async def FlushCache(  # noqa: N802
@@ -184,7 +184,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     ) -> pb.FlushCacheResponse:
         check_supported(request)
         prefix = self._tenant(request.tenant).cache_prefix if request.tenant else None
-        return pb.FlushCacheResponse(freed_blocks=self._engine.flush(prefix))
+        return pb.FlushCacheResponse(freed_blocks=self._operations.flush(prefix))
 
     def _tenant(self, name: str) -> Tenant:
         tenant = self._tenants.named(name)
@@ -200,7 +200,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         raise NotFoundError(Reason.WORKER_NOT_FOUND, "Worker", worker, field="name")
 
     def _describe_load(self) -> pb.Load:
-        fields: dict[str, Any] = self._engine.load()._asdict()
+        fields: dict[str, Any] = self._operations.load()._asdict()
         fields["estimated_queue_time"] = duration(fields["estimated_queue_time"])
         return pb.Load(**fields)
 

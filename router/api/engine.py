@@ -12,30 +12,8 @@ from mili.router.introspection import Explanation, Load, Pinned
 from mili.router.request import GenerationParams
 
 
-class Engine(Protocol):
-    """Takes requests, and delivers their outputs to Streams.deliver on the asyncio thread.
-
-    A submitted request gets exactly one output with `finished`, also after cancel(), and its id
-    is free from then on.
-    """
-
-    @property
-    def context_limit(self) -> int:
-        """Tokens that prompt and output may have together; the model's while no worker serves."""
-
-    @property
-    def block_size(self) -> int:
-        """Tokens in a KV block; 0 while no worker serves."""
-
-    @property
-    def weights_sha256(self) -> bytes:
-        """The weights that the workers serve; empty while none does."""
-
-    def submit(self, request_id: str, params: GenerationParams) -> None:
-        """Start a request; raise RequestError when it cannot be taken."""
-
-    def cancel(self, request_id: str) -> bool:
-        """End a request; return False when it is unknown or already ended."""
+class Operations(Protocol):
+    """What operators may ask for."""
 
     def load(self) -> Load:
         """Say how busy all worker groups are."""
@@ -61,3 +39,33 @@ class Engine(Protocol):
 
     def flush(self, tenant_prefix: bytes | None) -> int:
         """Free what nobody holds of a tenant's cache, of everyone's for None; return the blocks."""
+
+
+class Engine(Protocol):
+    """Takes requests, and delivers their outputs to Streams.deliver on the asyncio thread.
+
+    A submitted request gets exactly one output with `finished`, also after cancel(), and its id
+    is free from then on.
+    """
+
+    @property
+    def context_limit(self) -> int:
+        """Tokens that prompt and output may have together; the model's while no worker serves."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a KV block; 0 while no worker serves."""
+
+    @property
+    def weights_sha256(self) -> bytes:
+        """The weights that the workers serve; empty while none does."""
+
+    @property
+    def operations(self) -> Operations:
+        """What operators may ask for."""
+
+    def submit(self, request_id: str, params: GenerationParams) -> None:
+        """Start a request; raise RequestError when it cannot be taken."""
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request; return False when it is unknown or already ended."""

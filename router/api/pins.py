@@ -65,7 +65,7 @@ class Pins:
                 scheduling=Scheduling(tenant=tenant.name, weight=tenant.weight),
             )
         )
-        return self._engine.pin(namespace, token_ids, seconds)
+        return self._engine.operations.pin(namespace, token_ids, seconds)
 
     async def _read(self, request: PinPrefixRequest) -> list[int]:
         kind = request.WhichOneof("prefix")

@@ -118,7 +118,7 @@ class ApiServer:
         self._model = ModelService(engine, model)
         self._tokenizer = TokenizerService(model, tokenizer, prompts, self._threads)
         self._admin = AdminService(
-            engine=engine,
+            operations=engine.operations,
             model=model,
             pins=Pins(engine, self._streams, defaults, prompts, self._threads),
             tenants=tenants,

@@ -55,7 +55,9 @@ class Operators:
         name = self._any_group()
         after = self._random.choice(MIGRATE_AFTER)
         self._note(f"drains {name}, migrating after {after}")
-        running = self._ask(Reason.WORKER_NOT_FOUND, self._router.engine.drain, name, after)
+        running = self._ask(
+            Reason.WORKER_NOT_FOUND, self._router.engine.operations.drain, name, after
+        )
         if running is None:
             assert name not in self._router.serving
             return
@@ -70,14 +72,14 @@ class Operators:
 
     def _undrain_one(self, name: str) -> None:
         self._note(f"undrains {name}")
-        self._ask(Reason.WORKER_NOT_FOUND, self._router.engine.undrain, name)
+        self._ask(Reason.WORKER_NOT_FOUND, self._router.engine.operations.undrain, name)
         assert not self._router.engine.is_draining(name)
 
     def _pin(self) -> None:
         params = self._wishes.draw(self._timeline.now)
         seconds = self._random.uniform(0.1, LONGEST)
         tokens = params.prompt_token_ids
-        pinned = self._router.engine.pin(params.cache_namespace, tokens, seconds)
+        pinned = self._router.engine.operations.pin(params.cache_namespace, tokens, seconds)
         assert 0 <= pinned.num_tokens <= len(tokens)
         assert bool(pinned.pin_id) == bool(pinned.num_tokens)
         self._trace.totals["pins"] += bool(pinned.pin_id)
@@ -88,13 +90,13 @@ class Operators:
     def _unpin(self) -> None:
         name = self._random.choice(self._pins) if self._pins else "nothing"
         self._note(f"unpins {name}")
-        self._ask(Reason.PIN_NOT_FOUND, self._router.engine.unpin, name)
+        self._ask(Reason.PIN_NOT_FOUND, self._router.engine.operations.unpin, name)
 
     def _flush(self) -> None:
         namespace = self._wishes.draw(self._timeline.now).cache_namespace
         tenant = self._random.choice((None, namespace[:16]))
         cached = sum(s.kv.usage().evictable for s in self._router.schedulers.values())
-        freed = self._router.engine.flush(tenant)
+        freed = self._router.engine.operations.flush(tenant)
         assert freed == cached if tenant is None else freed <= cached
         self._trace.totals["flushes"] += 1
         self._note(f"flushes {freed} blocks")

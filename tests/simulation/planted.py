@@ -73,7 +73,7 @@ PLANTED = {
     "a worker that drains is placed on": Plant("        self._open.pop(name, None)\n", ""),
     "who is interrupted by a drain stays": Plant(
         "        if self._fleet.is_draining(group.name):\n"
-        "            self._tell([], self._dispatch.move(group.name, now))\n",
+        "            self._tell(self._dispatch.move(group.name, now))\n",
         "",
     ),
     "a drain outlives its worker": Plant(

@@ -67,7 +67,7 @@ def test_what_would_wait_too_long_is_refused_at_once() -> None:
 def test_the_estimate_is_about_what_they_wait() -> None:
     cluster = overloaded(max_queue_time=100.0)
     calls = [call for call in cluster.calls.values() if 5.0 < call.at < 9.0]
-    told = {name: cluster.engine.explain(name) for name in list(cluster.calls)}
+    told = {name: cluster.engine.operations.explain(name) for name in list(cluster.calls)}
     cluster.run()
     ratios = []
     for name, call in cluster.calls.items():

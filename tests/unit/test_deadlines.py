@@ -58,7 +58,7 @@ def test_a_time_limit_gives_what_there_is_by_then() -> None:
     assert call.finish is FinishReason.TIME_LIMIT and call.error is None
     assert call.ended_at == 1.5
     assert 60 < len(call.token_times) < 100
-    assert cluster.engine.load().running_sequences == 0
+    assert cluster.engine.operations.load().running_sequences == 0
 
 
 def test_a_time_limit_ends_what_only_waited() -> None:

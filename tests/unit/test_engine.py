@@ -479,7 +479,7 @@ class History:
         for index in range(3):
             if not self.serving[index]:
                 self.toggle(index)
-            self.engine.undrain(f"g{index}")
+            self.engine.operations.undrain(f"g{index}")
         self.harness.finish()
         self.harness.now += 1000
         self.engine.tick()
@@ -525,13 +525,13 @@ class History:
     def drain(self) -> None:
         index = self.random.randrange(3)
         if self.serving[index]:
-            moved = self.engine.drain(f"g{index}", self.random.choice((None, 0.0, 3.0)))
+            moved = self.engine.operations.drain(f"g{index}", self.random.choice((None, 0.0, 3.0)))
             self.totals["running when drained"] += moved
 
     def undrain(self) -> None:
         index = self.random.randrange(3)
         if self.serving[index]:
-            self.engine.undrain(f"g{index}")
+            self.engine.operations.undrain(f"g{index}")
 
     def cancel(self) -> None:
         if self.asked:

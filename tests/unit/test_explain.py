@@ -14,13 +14,13 @@ from tests.virtual_cluster import LIMITS, Call, VirtualCluster, random_call
 
 
 def state_of(engine: Engine, request_id: str) -> RequestState:
-    story = engine.explain(request_id)
+    story = engine.operations.explain(request_id)
     assert story is not None
     return story.state
 
 
 def kinds(engine: Engine, request_id: str) -> list[str]:
-    story = engine.explain(request_id)
+    story = engine.operations.explain(request_id)
     assert story is not None
     return [event.kind for event in story.events]
 
@@ -37,15 +37,15 @@ def test_the_story_of_a_request() -> None:
     cluster.call(1.0, Call([2] * 64, 5))
     cluster.run(until=2.0)
     engine = cluster.engine
-    assert engine.explain("unknown") is None
+    assert engine.operations.explain("unknown") is None
     assert state_of(engine, "c0") is RequestState.DECODE
     assert state_of(engine, "c2") is RequestState.QUEUED
-    story = engine.explain("c2")
+    story = engine.operations.explain("c2")
     assert story is not None and story.queue_position == 1
     assert [(event.at, event.kind) for event in story.events] == [(1.0, "queued"), (1.0, "placed")]
     assert story.events[1].detail == "w0"
     cluster.run()
-    story = engine.explain("c2")
+    story = engine.operations.explain("c2")
     assert story is not None and story.state is RequestState.ENDED
     assert [event.kind for event in story.events] == ["queued", "placed", "started", "ended"]
     cached = "48 of 64 prompt tokens cached; the next block: not full block"
@@ -99,12 +99,12 @@ def test_stories_are_bounded() -> None:
 def test_load() -> None:
     source = random.Random(1)
     cluster = VirtualCluster(groups=2)
-    idle = cluster.engine.load()
+    idle = cluster.engine.operations.load()
     assert idle == (0, 0, 0, 0.0, 0.0, 0.0, 0.0)
     calls = [cluster.call(0.0, random_call(source)) for _ in range(400)]
     calls += [cluster.call(4.0, random_call(source)) for _ in range(1100)]
     cluster.run(until=8.0)
-    load = cluster.engine.load()
+    load = cluster.engine.operations.load()
     waiting = [call for call in calls if call.started_at is None]
     running = [call for call in calls if call.started_at is not None and call.ended_at is None]
     assert load.queued_requests == len(waiting) == cluster.engine.num_queued
@@ -125,4 +125,4 @@ def test_the_hit_ratio_is_that_of_the_last_prompts() -> None:
     cluster.call(0.0, Call([2] * 161, 2))
     cluster.call(1.0, Call([2] * 161, 2))
     cluster.run()
-    assert 0.5 < cluster.engine.load().prefix_hit_ratio < 0.6
+    assert 0.5 < cluster.engine.operations.load().prefix_hit_ratio < 0.6

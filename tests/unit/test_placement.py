@@ -115,7 +115,7 @@ def test_drain_moves_who_waits_and_lets_finish_who_runs() -> None:
         cluster.submit(f"r{number}", [number] * 20, 50)
     cluster.run(0.05)
     before = running(cluster, "g0")
-    assert cluster.engine.drain("g0", None) == before == 8
+    assert cluster.engine.operations.drain("g0", None) == before == 8
     scheduler = cluster.engine.scheduler_of("g0")
     assert scheduler is not None and not scheduler.waiting
     cluster.submit("late", [99], 5)
@@ -130,7 +130,7 @@ def test_drain_moves_who_runs_after_a_while() -> None:
     for number in range(10):
         cluster.submit(f"r{number}", [number] * 20, 300)
     cluster.run(0.1)
-    assert cluster.engine.drain("g0", 0.5) == 5
+    assert cluster.engine.operations.drain("g0", 0.5) == 5
     cluster.run(0.4)
     cluster.engine.tick()
     assert running(cluster, "g0") == 5, "not before its time"
@@ -147,7 +147,7 @@ def test_nobody_moves_where_no_other_group_takes_requests() -> None:
     cluster = cluster_of(1)
     cluster.submit("a", [1, 2, 3], 100)
     cluster.run(0.1)
-    assert cluster.engine.drain("g0", 0.0) == 1
+    assert cluster.engine.operations.drain("g0", 0.0) == 1
     assert not cluster.engine.is_serving
     with pytest.raises(RequestError) as refused:
         cluster.submit("b", [1, 2, 3], 100)
@@ -161,17 +161,17 @@ def test_undrain_takes_requests_again_also_those_that_found_no_group() -> None:
     cluster = cluster_of(1, rows=2)
     for number in range(3):
         cluster.submit(f"r{number}", [number], 10)
-    cluster.engine.drain("g0", None)
+    cluster.engine.operations.drain("g0", None)
     cluster.run()
     assert len(cluster.ended) == 1 and cluster.engine.num_queued == 2
-    cluster.engine.undrain("g0")
+    cluster.engine.operations.undrain("g0")
     cluster.run()
     assert len(cluster.ended) == 3
 
 
 def test_a_drained_group_that_comes_back_anew_takes_requests() -> None:
     cluster = cluster_of(2)
-    cluster.engine.drain("g0", None)
+    cluster.engine.operations.drain("g0", None)
     assert cluster.engine.is_draining("g0")
     cluster.engine.on_lost(cluster.engine._fleet.pipelines["g0"].group, "left", died=False)
     cluster.join("g0")
@@ -185,7 +185,9 @@ def test_a_drained_group_that_comes_back_anew_takes_requests() -> None:
 def test_an_unknown_group_is_told_apart(change: str) -> None:
     engine = cluster_of(1).engine
     with pytest.raises(RequestError) as refused:
-        engine.drain("g7", None) if change == "drain" else engine.undrain("g7")
+        engine.operations.drain("g7", None) if change == "drain" else engine.operations.undrain(
+            "g7"
+        )
     assert refused.value.reason == Reason.WORKER_NOT_FOUND
 
 

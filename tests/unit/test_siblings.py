@@ -101,7 +101,7 @@ def test_one_heir_computes_the_prompt_where_the_first_ones_group_drains() -> Non
     prompt = [index % 3 % 2 for index in range(PROMPT_TOKENS)]
     harness.engine.submit("a", asked(8, 4, prompt))
     first, other = sorted(harness.groups, key=lambda group: -group.worker.computed_tokens)
-    harness.engine.drain(first.name, None)
+    harness.engine.operations.drain(first.name, None)
     harness.finish()
     assert all(len(harness.tokens(name)) == 4 for name in names("a", 8))
     assert first.worker.computed_tokens == PROMPT_TOKENS + 3
@@ -274,11 +274,11 @@ def test_those_who_wait_for_a_sibling_count_as_queued_and_are_explained() -> Non
     harness = long_harness()
     prompt = [index % 2 for index in range(PROMPT_TOKENS)]
     harness.engine.submit("a", asked(4, 4, prompt))
-    assert harness.engine.num_queued == harness.engine.load().queued_requests == 3
-    explained = harness.engine.explain("a")
+    assert harness.engine.num_queued == harness.engine.operations.load().queued_requests == 3
+    explained = harness.engine.operations.explain("a")
     assert explained is not None and explained.queue_position == 0
     harness.finish()
-    explained = harness.engine.explain("a")
+    explained = harness.engine.operations.explain("a")
     assert explained is not None and explained.usage.completion_tokens == 16
     assert any(event.detail.startswith("sequence 3: ") for event in explained.events)
 
