@@ -417,7 +417,12 @@ class SamplingParams(_message.Message):
     repetition_penalty: _builtins.float
     seed: _builtins.int
     num_sequences: _builtins.int
-    """Number of independent samples ("n")."""
+    """Number of independent samples ("n"), from 1 (which is what unset means) to 128, and at most as
+    many as a worker can run together. Sequence 0 has the request's seed, each other one a seed
+    that follows from it. The prompt is computed once: the others wait for the first one's, and
+    take it from the cache (so that cache.bypass_* has each compute it anew). A sequence that
+    fails alone ends with FINISH_REASON_ERROR; the call fails when all of them did.
+    """
     @_builtins.property
     def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]: ...
     @_builtins.property
@@ -1089,10 +1094,14 @@ class Finished(_message.Message):
     stop_token_id: _builtins.int
     @_builtins.property
     def usage(self) -> Global___Usage:
-        """Usage so far; complete in the last Finished of the stream."""
+        """Usage of the whole call so far, in which the prompt counts once; complete in the last Finished
+        of the stream.
+        """
 
     @_builtins.property
-    def timing(self) -> Global___Timing: ...
+    def timing(self) -> Global___Timing:
+        """Of the whole call so far: up to the first token of any sequence, and from there to now."""
+
     @_builtins.property
     def error(self) -> Global___Error:
         """With FINISH_REASON_ERROR."""
