@@ -300,6 +300,25 @@ async def test_prompts_and_outputs_are_charged_until_nothing_is_left(
     assert engine.submitted.empty()
 
 
+async def test_every_sequence_is_charged_and_the_prompt_once(
+    api: Api, channel: aio.Channel, engine: FakeEngine
+) -> None:
+    stub = inference_pb2_grpc.InferenceServiceStub(channel)
+    generation = pb.Generation(
+        text=TEN_PROMPT_TOKENS,
+        stopping=pb.StopConditions(max_tokens=9),
+        sampling=pb.SamplingParams(num_sequences=3),
+    )
+    metadata = (("authorization", "Bearer poor"),)
+    call = stub.Generate(pb.GenerateRequest(generation=generation), metadata=metadata)
+    await engine.submitted.get()
+    await engine.run()
+    assert (await call).usage.completion_tokens == 27
+    async with client_of(api, "poor") as client:
+        with pytest.raises(Overloaded, match="3 are left, and 10 are asked for"):
+            await client.generate(TEN_PROMPT_TOKENS)
+
+
 async def test_a_stream_that_is_left_is_charged_as_far_as_it_came(
     api: Api, engine: FakeEngine
 ) -> None:

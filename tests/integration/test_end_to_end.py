@@ -8,9 +8,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import grpc
 import pytest
 
 from mili.client import AsyncClient, Cancelled, DeadlineExceeded
+from mili.router.siblings import sequence_seed
+from mili.v1 import inference_pb2 as pb
+from mili.v1.inference_pb2_grpc import InferenceServiceStub
 from tests.model_folders import make_model_folder
 from tests.serving import STEADY, Served, serving
 from tests.streams import (
@@ -109,4 +113,27 @@ async def test_64_streams_of_which_half_end_too_early(served: Served) -> None:
         for reading in late:
             with pytest.raises(DeadlineExceeded):
                 await reading.end()
+    await until_quiet(served.admin)
+
+
+async def test_each_sequence_is_what_its_seed_gives_alone(served: Served) -> None:
+    def asking(seed: int, count: int) -> pb.GenerateRequest:
+        generation = pb.Generation(
+            token_ids=pb.TokenIds(ids=range(7, 77)),
+            sampling=pb.SamplingParams(temperature=1, seed=seed, num_sequences=count),
+            stopping=pb.StopConditions(max_tokens=24, ignore_eos=True),
+            output=pb.OutputOptions(token_ids=True),
+        )
+        return pb.GenerateRequest(generation=generation)
+
+    seeds = [sequence_seed(5, index) for index in range(6)]
+    async with grpc.aio.insecure_channel(served.address) as channel:
+        generate = InferenceServiceStub(channel).Generate
+        together = await generate(asking(5, 6))
+        single = [await generate(asking(seed, 1)) for seed in seeds]
+    assert [each.index for each in together.sequences] == list(range(6))
+    outputs = [list(each.token_ids) for each in together.sequences]
+    assert outputs == [list(each.sequences[0].token_ids) for each in single]
+    assert len({tuple(output) for output in outputs}) == 6
+    assert (together.usage.prompt_tokens, together.usage.completion_tokens) == (70, 144)
     await until_quiet(served.admin)

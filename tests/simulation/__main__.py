@@ -22,7 +22,7 @@ import structlog
 from tests.simulation import planted
 
 # What must have happened at least, for each seed on average: faults that do not hit find nothing.
-AT_LEAST = {"accepted": 100, "worker losses": 10, "preemptions": 10}
+AT_LEAST = {"accepted": 100, "siblings": 10, "worker losses": 10, "preemptions": 10}
 # So many seeds have all of that, and every pair of kinds of faults.
 ENOUGH_SEEDS = 100
 MAX_FAILURES = 5
