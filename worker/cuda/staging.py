@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from operator import add
 from typing import NamedTuple
 
-from mili.internal.v1.step_pb2 import Admission, StepCommand
+from mili.internal.v1.step_pb2 import Admission, Sampling, StepCommand
+from mili.kernels.sampling import Edit
 from mili.kernels.step import (
     ADMISSION,
     ADMISSION_SIZE,
@@ -78,28 +79,54 @@ def pack_deltas(command: StepCommand, appended: Sequence[int]) -> bytes:
     parts = [b""] * len(command.admissions) + [array("i", appended).tobytes()]
     end = ADMISSION_SIZE * len(command.admissions) + len(appended)
     for index, admission in enumerate(command.admissions):
-        suppressed = array("i", admission.sampling.suppressed_token_ids)
-        num_tokens = len(admission.token_ids) // TOKEN_BYTES
-        parts[index] = _record(admission, num_tokens, end, len(suppressed))
-        parts += (admission.token_ids, suppressed.tobytes())
-        end += num_tokens + len(suppressed)
+        sampling = admission.sampling
+        lists = (
+            admission.token_ids,
+            array("i", sampling.suppressed_token_ids).tobytes(),
+            array("i", sampling.allowed_token_ids).tobytes(),
+            array("i", sampling.bias_token_ids).tobytes(),
+            array("f", sampling.biases).tobytes(),
+        )
+        parts[index] = _record(admission, end)
+        parts += lists
+        end += sum(map(len, lists)) // TOKEN_BYTES
     return b"".join(parts)
 
 
-def _record(admission: Admission, num_tokens: int, tokens_at: int, num_suppressed: int) -> bytes:
+def _record(admission: Admission, tokens_at: int) -> bytes:
     sampling = admission.sampling
     return ADMISSION.pack(
         admission.row,
-        num_tokens,
+        len(admission.token_ids) // TOKEN_BYTES,
+        admission.num_prompt_tokens,
         tokens_at,
         sampling.temperature,
         min(sampling.top_k, _MAX_INT),
         sampling.top_p,
         sampling.min_p,
-        sampling.repetition_penalty,
         sampling.seed,
-        # Without ids the row's bits are left as they were, and must not be read.
-        min(sampling.suppress_until_position, _MAX_INT) if num_suppressed else 0,
-        num_suppressed,
-        tokens_at + num_tokens,
+        _edits(sampling),
+        sampling.repetition_penalty,
+        sampling.presence_penalty,
+        sampling.frequency_penalty,
+        min(sampling.suppress_until_position, _MAX_INT),
+        len(sampling.suppressed_token_ids),
+        len(sampling.allowed_token_ids),
+        len(sampling.bias_token_ids),
     )
+
+
+def _edits(sampling: Sampling) -> int:
+    """What changes the row's logits: its columns alone are written, and may be read."""
+    edits = 0
+    if sampling.repetition_penalty not in (0, 1):
+        edits |= Edit.REPETITION
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        edits |= Edit.OUTPUT
+    if sampling.bias_token_ids:
+        edits |= Edit.BIASES
+    if sampling.allowed_token_ids:
+        edits |= Edit.ALLOWED
+    if sampling.suppressed_token_ids:
+        edits |= Edit.SUPPRESSED
+    return edits
