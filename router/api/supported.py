@@ -23,7 +23,8 @@ _SUPPORTED = {
     "TokenIds": "ids",
     "ChatPrompt": "messages template_variables_json",
     "ChatMessage": "role content reasoning_content tool_call_id name",
-    "SamplingParams": "temperature top_p top_k min_p repetition_penalty seed",
+    "SamplingParams": "temperature top_p top_k min_p repetition_penalty presence_penalty"
+    " frequency_penalty logit_bias allowed_token_ids seed",
     "StopConditions": "max_tokens min_tokens stop_sequences stop_token_ids"
     " include_stop_text ignore_eos time_limit",
     "OutputOptions": "text token_ids skip_special_tokens timing",
@@ -50,8 +51,6 @@ _SUPPORTED_FIELDS = frozenset(
 # Values of optional fields that say what their absence says. Fields without presence need no
 # entry: their zero is not on the wire.
 _NEUTRAL = {
-    "mili.v1.SamplingParams.presence_penalty": 0.0,
-    "mili.v1.SamplingParams.frequency_penalty": 0.0,
     "mili.v1.SamplingParams.num_sequences": 1,
 }
 
@@ -87,6 +86,8 @@ def _messages(
         return ()
     if not field.is_repeated:
         return ((path, value),)
+    if field.message_type.GetOptions().map_entry:
+        return ()
     if len(value) > _MAX_MESSAGES:
         raise RequestError(
             Reason.INVALID_FIELD, f"{field.name} has at most {_MAX_MESSAGES} entries", field=path
