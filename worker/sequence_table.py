@@ -123,10 +123,14 @@ class SequenceTable:
         _require(int(token_ids.max()) < self.vocab_size, "row {}: token id out of range", row)
         _require(admission.num_prompt_tokens <= len(token_ids), "row {}: no such prompt", row)
         for ids in (sampling.suppressed_token_ids, sampling.allowed_token_ids):
-            _require(max(ids, default=0) < self.vocab_size, "row {}: suppressed or allowed id", row)
-        biased = list(sampling.bias_token_ids)
-        _require(len(biased) == len(sampling.biases) <= MAX_BIASES, "row {}: biases", row)
-        rising = all(map(lt, biased, [*biased[1:], self.vocab_size]))
+            if ids:
+                _require(max(ids) < self.vocab_size, "row {}: suppressed or allowed id", row)
+        if sampling.bias_token_ids or sampling.biases:
+            self._check_biases(row, list(sampling.bias_token_ids), len(sampling.biases))
+
+    def _check_biases(self, row: int, token_ids: list[int], num_biases: int) -> None:
+        _require(len(token_ids) == num_biases <= MAX_BIASES, "row {}: biases", row)
+        rising = all(map(lt, token_ids, [*token_ids[1:], self.vocab_size]))
         _require(rising, "row {}: bias ids must rise, and end in the vocabulary", row)
 
     def _check_blocks(self, rows: list[int], blocks: list[int]) -> None:

@@ -94,6 +94,17 @@ def test_every_edit_is_as_the_formulas_say(
     assert tokens.tolist() == [values.index(max(values)) for values in expected]
 
 
+def test_a_row_that_is_admitted_again_keeps_no_edit() -> None:
+    table = CpuSequenceTable(
+        max_rows=2, max_model_len=32, block_size=16, num_blocks=20, vocab_size=VOCAB
+    )
+    limited = Sampling(allowed_token_ids=[3], bias_token_ids=[2], biases=[9])
+    for sampling, expected in ((limited, 3), (Sampling(), 1), (Sampling(min_p=1), 1)):
+        table.apply(StepCommand(admissions=[admission(1, [4, 5], 1, sampling)]))
+        logits = torch.arange(VOCAB, 0, -1)[None].float().roll(1)
+        assert sample_rows(logits, table, np.array([1])).tolist() == [expected]
+
+
 def test_counts_end() -> None:
     logits = torch.zeros(1, 3)
     history = torch.ones(1, MAX_COUNT + 9, dtype=torch.int64)

@@ -24,6 +24,9 @@ from mili.kernels.step import (
 from mili.worker.sequence_table import TOKEN_BYTES
 
 _MAX_INT = 2**31 - 1
+# Plain ints: an IntFlag's operators take as long as all else that an admission costs.
+_REPETITION, _OUTPUT, _BIASES, _ALLOWED, _SUPPRESSED = map(int, Edit)
+_NO_EDITS = (0.0, 0.0, 0.0, 0, 0, 0, 0)
 
 
 class StepRows(NamedTuple):
@@ -79,21 +82,34 @@ def pack_deltas(command: StepCommand, appended: Sequence[int]) -> bytes:
     parts = [b""] * len(command.admissions) + [array("i", appended).tobytes()]
     end = ADMISSION_SIZE * len(command.admissions) + len(appended)
     for index, admission in enumerate(command.admissions):
-        sampling = admission.sampling
-        lists = (
-            admission.token_ids,
-            array("i", sampling.suppressed_token_ids).tobytes(),
-            array("i", sampling.allowed_token_ids).tobytes(),
-            array("i", sampling.bias_token_ids).tobytes(),
-            array("f", sampling.biases).tobytes(),
-        )
-        parts[index] = _record(admission, end)
-        parts += lists
-        end += sum(map(len, lists)) // TOKEN_BYTES
+        edits = _edits(admission.sampling)
+        parts[index] = _record(admission, end, edits)
+        parts.append(admission.token_ids)
+        end += len(admission.token_ids) // TOKEN_BYTES
+        if edits:
+            lists = _lists(admission.sampling)
+            parts.append(lists)
+            end += len(lists) // TOKEN_BYTES
     return b"".join(parts)
 
 
-def _record(admission: Admission, tokens_at: int) -> bytes:
+def _edits(sampling: Sampling) -> int:
+    """What changes the row's logits: its columns alone are written, and may be read."""
+    edits = 0
+    if sampling.repetition_penalty not in (0, 1):
+        edits |= _REPETITION
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        edits |= _OUTPUT
+    if sampling.bias_token_ids:
+        edits |= _BIASES
+    if sampling.allowed_token_ids:
+        edits |= _ALLOWED
+    if sampling.suppressed_token_ids:
+        edits |= _SUPPRESSED
+    return edits
+
+
+def _record(admission: Admission, tokens_at: int, edits: int) -> bytes:
     sampling = admission.sampling
     return ADMISSION.pack(
         admission.row,
@@ -105,7 +121,13 @@ def _record(admission: Admission, tokens_at: int) -> bytes:
         sampling.top_p,
         sampling.min_p,
         sampling.seed,
-        _edits(sampling),
+        edits,
+        *(_edit_fields(sampling) if edits else _NO_EDITS),
+    )
+
+
+def _edit_fields(sampling: Sampling) -> tuple[float, ...]:
+    return (
         sampling.repetition_penalty,
         sampling.presence_penalty,
         sampling.frequency_penalty,
@@ -116,17 +138,8 @@ def _record(admission: Admission, tokens_at: int) -> bytes:
     )
 
 
-def _edits(sampling: Sampling) -> int:
-    """What changes the row's logits: its columns alone are written, and may be read."""
-    edits = 0
-    if sampling.repetition_penalty not in (0, 1):
-        edits |= Edit.REPETITION
-    if sampling.presence_penalty or sampling.frequency_penalty:
-        edits |= Edit.OUTPUT
-    if sampling.bias_token_ids:
-        edits |= Edit.BIASES
-    if sampling.allowed_token_ids:
-        edits |= Edit.ALLOWED
-    if sampling.suppressed_token_ids:
-        edits |= Edit.SUPPRESSED
-    return edits
+def _lists(sampling: Sampling) -> bytes:
+    """The token ids and biases that an admission's record counts, as they stand one by one."""
+    suppressed, allowed = sampling.suppressed_token_ids, sampling.allowed_token_ids
+    token_ids = (*suppressed, *allowed, *sampling.bias_token_ids)
+    return array("i", token_ids).tobytes() + array("f", sampling.biases).tobytes()
