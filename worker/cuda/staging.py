@@ -140,6 +140,7 @@ def _edit_fields(sampling: Sampling) -> tuple[float, ...]:
 
 def _lists(sampling: Sampling) -> bytes:
     """The token ids and biases that an admission's record counts, as they stand one by one."""
-    suppressed, allowed = sampling.suppressed_token_ids, sampling.allowed_token_ids
-    token_ids = (*suppressed, *allowed, *sampling.bias_token_ids)
-    return array("i", token_ids).tobytes() + array("f", sampling.biases).tobytes()
+    # A slice is a list, which is read several times faster: it may have the whole vocabulary.
+    suppressed, allowed = sampling.suppressed_token_ids[:], sampling.allowed_token_ids[:]
+    token_ids = array("i", suppressed + allowed + sampling.bias_token_ids[:])
+    return token_ids.tobytes() + array("f", sampling.biases).tobytes()
