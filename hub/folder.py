@@ -34,6 +34,8 @@ class GenerationDefaults:
     top_k: int | None
     min_p: float | None
     repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
     do_sample: bool | None
     raw_json: str
 
@@ -158,6 +160,8 @@ def _read_generation(path: Path, config: dict[str, Any]) -> GenerationDefaults:
         top_k=None if top_k is None else int(top_k),
         min_p=number("min_p"),
         repetition_penalty=number("repetition_penalty"),
+        presence_penalty=number("presence_penalty"),
+        frequency_penalty=number("frequency_penalty"),
         do_sample=values.get("do_sample"),
         raw_json=raw_json,
     )

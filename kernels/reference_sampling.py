@@ -1,12 +1,14 @@
 """Sampling in plain torch: logits, parameters, a seed and a position in, one token out.
 
-Owns the order of the steps (repetition penalty, suppressed tokens, temperature, top-k, top-p,
-min-p, as in transformers) and the random generator. A row's token is a function of that row alone.
-Does not know where logits come from.
+Owns the definition of every step, their order, and the random generator. The order: repetition
+penalty (prompt and output), presence and frequency penalty (output alone), biases, the tokens that
+are allowed, the tokens that are suppressed; then temperature, top-k, top-p, min-p, as in
+transformers. A row's token is a function of that row alone. Does not know where logits come from.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +19,9 @@ _MASK = 0xFFFFFFFF
 # top-p first looks at this many of the best tokens; the whole vocabulary is sorted only if they do
 # not hold top_p of the probability.
 _TOP_P_CANDIDATES = 1024
+# Biases that a row may have, and how often a token of it is counted at most.
+MAX_BIASES = 1024
+MAX_COUNT = 0xFFFF
 
 
 class SamplingRows(NamedTuple):
@@ -44,6 +49,57 @@ def penalize_repetition_(
         seen = history[row, : int(lengths[row])]
         values = logits[row, seen]
         logits[row, seen] = torch.where(values > 0, values / penalty[row], values * penalty[row])
+
+
+def penalize_output_(
+    logits: torch.Tensor,
+    history: torch.Tensor,
+    begins: torch.Tensor,
+    lengths: torch.Tensor,
+    presence: torch.Tensor,
+    frequency: torch.Tensor,
+) -> None:
+    """Subtract frequency x count + presence from the logits of generated tokens, in place.
+
+    logits: [rows, vocab] float32; history: [rows, >= longest] int64, the known tokens; begins,
+    lengths: [rows] int64, where the output begins, the prompt being before, and where it ends;
+    presence, frequency: [rows] float32, 0 changes nothing. OpenAI's definition, and vLLM's; counts
+    end at MAX_COUNT.
+    """
+    _check_logits(logits, history, begins, lengths, presence, frequency)
+    for row in ((presence != 0) | (frequency != 0)).nonzero().flatten().tolist():
+        output = history[row, int(begins[row]) : int(lengths[row])]
+        token_ids, counts = output.unique(return_counts=True)  # type: ignore[no-untyped-call]
+        logits[row, token_ids] -= frequency[row] * counts.clamp(max=MAX_COUNT) + presence[row]
+
+
+def add_biases_(
+    logits: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tensor, biases: torch.Tensor
+) -> None:
+    """Add biases[i] to the logit of token_ids[i] in rows[i], in place.
+
+    rows, token_ids: [pairs] int64, no pair twice; biases: [pairs] float32.
+    """
+    _check_logits(logits)
+    logits[rows, token_ids] += biases
+
+
+def allow_only_(logits: torch.Tensor, rows: torch.Tensor, allowed_mask: torch.Tensor) -> None:
+    """Make all tokens of some rows impossible but those of a mask, in place.
+
+    rows: [masks] int64, none twice; allowed_mask: [masks, words] int32, see `pack_mask`.
+    """
+    _check_logits(logits)
+    bits = np.unpackbits(allowed_mask.numpy().view(np.uint8), axis=1, bitorder="little")
+    allowed = torch.from_numpy(bits[:, : logits.shape[1]]).bool()
+    logits[rows] = logits[rows].masked_fill(~allowed, -torch.inf)
+
+
+def pack_mask(token_ids: Sequence[int], vocab_size: int) -> torch.Tensor:
+    """Return the mask of some tokens, [words] int32: token t is bit t % 32 of word t // 32."""
+    bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+    bits[list(token_ids)] = 1
+    return torch.from_numpy(np.packbits(bits, bitorder="little").view(np.int32))
 
 
 def suppress_(logits: torch.Tensor, rows: torch.Tensor, token_ids: torch.Tensor) -> None:

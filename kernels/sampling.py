@@ -7,12 +7,14 @@ kernels/reference_sampling.py's.
 from __future__ import annotations
 
 import ctypes
+from enum import IntFlag
 from typing import NamedTuple
 
 import torch
 
 from mili.kernels.checks import check, require
 from mili.kernels.module import Grid, load
+from mili.kernels.reference_sampling import MAX_BIASES
 
 _THRESHOLD_THREADS = 512
 _LIST = 16384  # logits that shared memory holds while a threshold is searched
@@ -23,27 +25,82 @@ _MAX_ROUNDS = 16  # tiles of a block; with more, the last blocks would leave the
 _PART_BYTES = 24
 
 
+class Edit(IntFlag):
+    """What changes a row's logits before a token is drawn; SUPPRESSED ends at a position."""
+
+    REPETITION = 1
+    OUTPUT = 2
+    BIASES = 4
+    ALLOWED = 8
+    SUPPRESSED = 16
+
+
 class SamplingTable(NamedTuple):
-    """What each row of the sequence table is sampled with; a value of 0 turns its step off."""
+    """What each row of the sequence table is sampled with; a value of 0 turns its step off.
+
+    The columns of an edit are read only where its bit is set in `edits`. A mask is [table_rows,
+    words] int32: token t is bit t % 32 of word t // 32.
+    """
 
     temperature: torch.Tensor  # [table_rows] float32; 0 is greedy
     top_k: torch.Tensor  # [table_rows] int32
     top_p: torch.Tensor  # [table_rows] float32; also off at 1
     min_p: torch.Tensor  # [table_rows] float32
-    repetition_penalty: torch.Tensor  # [table_rows] float32; also off at 1
     seed: torch.Tensor  # [table_rows] int64, the bits of an unsigned number
+    edits: torch.Tensor  # [table_rows] int32: bits of Edit
+    repetition_penalty: torch.Tensor  # [table_rows] float32
+    presence_penalty: torch.Tensor  # [table_rows] float32
+    frequency_penalty: torch.Tensor  # [table_rows] float32
     suppress_until: torch.Tensor  # [table_rows] int32: the first position that may be any token
-    suppressed: torch.Tensor  # [table_rows, words] int32: token t is bit t % 32 of word t // 32
-    seen: torch.Tensor  # [table_rows, words] int32: known tokens; only read with a penalty
+    num_biases: torch.Tensor  # [table_rows] int32
+    suppressed: torch.Tensor  # mask
+    seen: torch.Tensor  # mask: known tokens
+    allowed_mask: torch.Tensor  # mask
+    biased: torch.Tensor  # mask: tokens that have a bias
+    bias_token_ids: torch.Tensor  # [table_rows, MAX_BIASES] int32, rising
+    biases: torch.Tensor  # [table_rows, MAX_BIASES] float32
+    output_counts: torch.Tensor  # [table_rows, 32 words] int16, the bits of an unsigned number
+
+    def struct(self) -> ctypes.Array[ctypes.c_void_p]:
+        """The columns' addresses, as kernels take them."""
+        return (ctypes.c_void_p * len(self))(*(column.data_ptr() for column in self))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(column.nbytes for column in self)
 
 
-_TABLE_DTYPES = {
-    "temperature": torch.float32,
-    "top_p": torch.float32,
-    "min_p": torch.float32,
-    "repetition_penalty": torch.float32,
-    "seed": torch.int64,
-}  # the others are int32
+def allocate_sampling(table_rows: int, vocab_size: int, device: torch.device) -> SamplingTable:
+    """A table of zeros."""
+    words = -(-vocab_size // 32)
+    return SamplingTable(
+        *(
+            torch.zeros(_shape(name, table_rows, words), dtype=_dtype(name), device=device)
+            for name in SamplingTable._fields
+        )
+    )
+
+
+def _shape(column: str, table_rows: int, words: int) -> tuple[int, ...]:
+    if column in ("suppressed", "seen", "allowed_mask", "biased"):
+        return table_rows, words
+    if column in ("bias_token_ids", "biases"):
+        return table_rows, MAX_BIASES
+    return (table_rows, 32 * words) if column == "output_counts" else (table_rows,)
+
+
+def _dtype(column: str) -> torch.dtype:
+    return {
+        "temperature": torch.float32,
+        "top_p": torch.float32,
+        "min_p": torch.float32,
+        "seed": torch.int64,
+        "repetition_penalty": torch.float32,
+        "presence_penalty": torch.float32,
+        "frequency_penalty": torch.float32,
+        "biases": torch.float32,
+        "output_counts": torch.int16,
+    }.get(column, torch.int32)
 
 
 class Sampler:
@@ -85,9 +142,10 @@ class Sampler:
         [>= samples] int32; out_logprobs: [>= samples] float32.
 
         Sample s of row r at position p gives out_tokens[s] = token_ids[r, p] = token, its logarithm
-        of probability before any parameter is applied in out_logprobs[s], and, where the row has a
-        repetition penalty, its bit in table.seen. A row that is faulted, or whose logits are NaN,
-        +infinity or all -infinity, gives out_tokens[s] = -1 and faulted[r] = 1 and nothing else.
+        of probability before any parameter is applied in out_logprobs[s], and, where the row has
+        penalties, is in table.seen and table.output_counts from then on. A row that is faulted, or
+        whose logits are NaN, +infinity or all -infinity, gives out_tokens[s] = -1 and faulted[r] =
+        1 and nothing else.
 
         Gumbel-max: no sort and no normalisation. top-k and top-p by radix selection of the lowest
         logit that is kept; those equal to it are kept, too. Raises ValueError.
@@ -95,7 +153,7 @@ class Sampler:
         samples = len(logits)
         self._check_sizes(logits, sample_rows, sample_positions, sizes, out_tokens, out_logprobs)
         self._check_table(table, token_ids, faulted)
-        columns = (ctypes.c_void_p * len(table))(*(column.data_ptr() for column in table))
+        columns = table.struct()
         self._find_thresholds.launch(
             Grid((samples, 1, 1), _THRESHOLD_THREADS, shared=4 * _LIST, overlap=True),
             logits,
@@ -164,5 +222,4 @@ class Sampler:
         check("token_ids", token_ids, (rows, token_ids.shape[-1]), torch.int32, device)
         check("faulted", faulted, (rows,), torch.int32, device)
         for name, column in table._asdict().items():
-            shape = (rows, words) if name in ("suppressed", "seen") else (rows,)
-            check(name, column, shape, _TABLE_DTYPES.get(name, torch.int32), device)
+            check(name, column, _shape(name, rows, words), _dtype(name), device)

@@ -13,7 +13,7 @@ import torch
 
 from mili.kernels.checks import require
 from mili.kernels.module import Grid, Launch, load
-from mili.kernels.sampling import SamplingTable
+from mili.kernels.sampling import SamplingTable, allocate_sampling
 
 # Rows of one step at most, and tokens that one thread block spreads.
 MAX_ROWS = 1024
@@ -23,10 +23,12 @@ MAX_ROWS = 1024
 # counted from the first of them.
 NUM_SIZES = 8
 SIZES, ROWS, STARTS, COUNTS, SAMPLES, DELTAS = 0, *(NUM_SIZES + MAX_ROWS * i for i in range(5))
-# An admission: row, num_tokens, tokens_at; temperature; top_k; top_p, min_p, repetition_penalty;
-# seed; suppress_until, num_suppressed, suppressed_at; nothing.
-ADMISSION = struct.Struct("<3ifi3fQ3i12x")
-ADMISSION_SIZE = 16
+# An admission: row, num_tokens, num_prompt_tokens, tokens_at; temperature; top_k; top_p, min_p;
+# seed; edits; repetition, presence and frequency penalty; suppress_until, num_suppressed,
+# num_allowed, num_biases; nothing. Behind the tokens stand the suppressed ones, the allowed ones,
+# those that have a bias, and the biases.
+ADMISSION = struct.Struct("<4ifi2fQi3f4i8x")
+ADMISSION_SIZE = 20
 # What the host gets: the sampled tokens, then whether each row of the batch is faulted.
 OUTPUTS = 2 * MAX_ROWS
 _THREADS = 256
@@ -67,22 +69,11 @@ def allocate_sequences(
     def column(dtype: torch.dtype, *more: int) -> torch.Tensor:
         return torch.zeros(table_rows, *more, dtype=dtype, device=device)
 
-    words = -(-vocab_size // 32)
     return SequenceTensors(
         token_ids=column(torch.int32, max_model_len + 1),
         block_tables=column(torch.int32, max_blocks),
         faulted=column(torch.int32),
-        sampling=SamplingTable(
-            temperature=column(torch.float32),
-            top_k=column(torch.int32),
-            top_p=column(torch.float32),
-            min_p=column(torch.float32),
-            repetition_penalty=column(torch.float32),
-            seed=column(torch.int64),
-            suppress_until=column(torch.int32),
-            suppressed=column(torch.int32, words),
-            seen=column(torch.int32, words),
-        ),
+        sampling=allocate_sampling(table_rows, vocab_size, device),
     )
 
 
@@ -120,7 +111,7 @@ def begin_step(
         table.token_ids,
         table.token_ids.shape[1],
         table.faulted,
-        *table.sampling,
+        table.sampling.struct(),
         table.sampling.seen.shape[1],
     )
 

@@ -7,11 +7,18 @@ tables, rows, order or reuse shows as a wrong hash or a wrong token.
 
 from __future__ import annotations
 
+import zlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from mili.internal.v1.step_pb2 import ROW_FAULT_KIND_NUMERIC, RowFault, StepCommand, StepResult
+from mili.internal.v1.step_pb2 import (
+    ROW_FAULT_KIND_NUMERIC,
+    RowFault,
+    Sampling,
+    StepCommand,
+    StepResult,
+)
 
 MASK = (1 << 61) - 1
 # The model's vocabulary is {0, 1}, and EOS.
@@ -28,6 +35,14 @@ def extend_hash(prefix: int, token: int) -> int:
 def seed_of(seed: int, namespace: bytes) -> int:
     """A sampling seed that also carries the namespace: no namespace's KV equals another's."""
     return seed | int.from_bytes(namespace) << 32
+
+
+def key_of(sampling: Sampling) -> int:
+    """The seed, with all else that a token depends on mixed into its lower half."""
+    rest = Sampling()
+    rest.CopyFrom(sampling)
+    rest.seed = 0
+    return sampling.seed ^ zlib.crc32(rest.SerializeToString(deterministic=True))
 
 
 def first_hash(seed: int) -> int:
@@ -110,7 +125,7 @@ class FakeWorker:
             assert admission.row != 0, "row 0 is the null row"
             tokens = array("I", admission.token_ids)
             self.rows[admission.row] = FakeRow(
-                tokens, admission.num_prompt_tokens, admission.sampling.seed
+                tokens, admission.num_prompt_tokens, key_of(admission.sampling)
             )
         for row, block in zip(command.block_rows, command.block_ids, strict=True):
             assert block != 0, "block 0 is the null block"

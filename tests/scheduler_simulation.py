@@ -15,7 +15,7 @@ from mili.internal.v1.step_pb2 import Sampling, StepResult
 from mili.router.errors import Reason
 from mili.router.kv_cache import CacheSettings
 from mili.router.request import FinishReason, GenerationParams, Scheduling
-from tests.fake_worker import EOS, FakeModel, FakeWorker, seed_of
+from tests.fake_worker import EOS, FakeModel, FakeWorker, key_of, seed_of
 
 LETTERS = "ab$"
 
@@ -46,7 +46,7 @@ def expected(
     room = context_limit - len(params.prompt_token_ids)
     output: list[int] = []
     text = ""
-    for token in model.alone(params.prompt_token_ids, params.sampling.seed, room):
+    for token in model.alone(params.prompt_token_ids, key_of(params.sampling), room):
         if token is None:
             return output, FinishReason.ERROR
         output.append(token)
@@ -147,7 +147,11 @@ class Simulation:
         namespace = self.random.choice((b"", b"", b"b"))
         params = GenerationParams(
             prompt_token_ids=prompt[: self.context_limit - 1],
-            sampling=Sampling(seed=seed_of(self.random.randrange(3), namespace)),
+            sampling=Sampling(
+                seed=seed_of(self.random.randrange(3), namespace),
+                presence_penalty=self.random.choice((0, 0, 1.5)),
+                allowed_token_ids=self.random.choice(([], [], [0, 1])),
+            ),
             max_tokens=self.random.randint(1, 45),
             min_tokens=self.random.choice((0, 0, 0, 9)),
             eos_token_ids=frozenset({EOS} if self.random.random() < 0.7 else ()),

@@ -48,7 +48,7 @@ def model_folder(
         vocab_size=vocab_size,
         max_context_tokens=1024,
         dtype="float32",
-        generation=GenerationDefaults((), None, None, None, None, None, None, "{}"),
+        generation=GenerationDefaults((), *[None] * 8, "{}"),
         chat_template=chat_template,
         tokenizer_config=tokenizer_config or {},
         tokenizer_path=path / "tokenizer.json",

@@ -11,11 +11,13 @@ for these plain lists are several times faster than arrays; for 256 they are as 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import lt
 from typing import NamedTuple
 
 import numpy as np
 
 from mili.internal.v1.step_pb2 import Admission, StepCommand, Task
+from mili.kernels.reference_sampling import MAX_BIASES
 
 TOKEN_BYTES = 4  # of an admission
 
@@ -53,7 +55,7 @@ class SequenceTable:
         self.max_row_blocks = -(-max_model_len // block_size)
         self.block_size = block_size
         self._max_blocks = num_blocks
-        self._vocab_size = vocab_size
+        self.vocab_size = vocab_size
         self.num_blocks = [0] * max_rows
         self.num_known = [0] * max_rows
         # -1: admitted, and the first step will say how much of it is cached.
@@ -113,18 +115,23 @@ class SequenceTable:
             admission.grammar,
             admission.HasField("num_logprobs"),
             admission.HasField("score_from"),
-            sampling.presence_penalty,
-            sampling.frequency_penalty,
-            sampling.bias_token_ids,
-            sampling.allowed_token_ids,
         )
         _require(not any(unsupported), "row {} asks for what this worker cannot do", row)
         _require(len(admission.token_ids) % TOKEN_BYTES == 0, "row {}: half a token id", row)
         token_ids = np.frombuffer(admission.token_ids, "<u4")
         _require(0 < len(token_ids) <= self.max_model_len, "row {}: {} tokens", row, len(token_ids))
-        _require(int(token_ids.max()) < self._vocab_size, "row {}: token id out of range", row)
-        suppressed = max(sampling.suppressed_token_ids, default=0)
-        _require(suppressed < self._vocab_size, "row {}: suppressed id", row)
+        _require(int(token_ids.max()) < self.vocab_size, "row {}: token id out of range", row)
+        _require(admission.num_prompt_tokens <= len(token_ids), "row {}: no such prompt", row)
+        for ids in (sampling.suppressed_token_ids, sampling.allowed_token_ids):
+            if ids:
+                _require(max(ids) < self.vocab_size, "row {}: suppressed or allowed id", row)
+        if sampling.bias_token_ids or sampling.biases:
+            self._check_biases(row, list(sampling.bias_token_ids), len(sampling.biases))
+
+    def _check_biases(self, row: int, token_ids: list[int], num_biases: int) -> None:
+        _require(len(token_ids) == num_biases <= MAX_BIASES, "row {}: biases", row)
+        rising = all(map(lt, token_ids, [*token_ids[1:], self.vocab_size]))
+        _require(rising, "row {}: bias ids must rise, and end in the vocabulary", row)
 
     def _check_blocks(self, rows: list[int], blocks: list[int]) -> None:
         """rows, blocks: of what was appended."""

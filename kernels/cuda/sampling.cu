@@ -12,7 +12,7 @@ constexpr int NO_TOKEN = 0x7fffffff;
 // eighth of it, the largest logits, four in each thread. Hence few logits stay in question.
 constexpr int MAXIMA = 4 * SELECT_THREADS;
 
-// thresholds: [samples], the lowest logit that is kept (penalties applied). capacity: of the list,
+// thresholds: [samples], the lowest logit that is kept (edits applied). capacity: of the list,
 // in floats, at least MAXIMA; what does not fit there is read again and again.
 extern "C" __global__ void __launch_bounds__(SELECT_THREADS, 2)
     sampling_threshold(const float* logits, int vocab_size, SamplingTable table,
@@ -34,6 +34,9 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS, 2)
   if (threadIdx.x == 0) {
     scratch.row = row_of(logits, vocab_size, sample, table, row, position);
     scratch.temperature = temperature;
+    scratch.top_k = by_count ? top_k : 0;
+    scratch.top_p = by_mass ? top_p : 0.f;
+    scratch.min_p = min_p;
   }
   __syncthreads();
   const int groups = scratch.row.groups();
@@ -55,14 +58,15 @@ extern "C" __global__ void __launch_bounds__(SELECT_THREADS, 2)
   }
   find_max(max);
   float threshold = -INFINITE;
-  if (by_count && isfinite(scratch.max)) {
-    threshold = select(values, {uint64(top_k)}, capacity);
+  if (scratch.top_k && isfinite(scratch.max)) {
+    threshold = select(values, {uint64(scratch.top_k)}, capacity);
     values.floor = fmaxf(threshold, LOWEST);
   }
-  if (by_mass && isfinite(scratch.max))
-    threshold = fmaxf(threshold, select(values, {0, double(top_p)}, capacity));
-  if (min_p > 0.f)
-    threshold = fmaxf(threshold, fmaf(logf(fminf(min_p, 1.f)), scratch.temperature, scratch.max));
+  if (scratch.top_p && isfinite(scratch.max))
+    threshold = fmaxf(threshold, select(values, {0, double(scratch.top_p)}, capacity));
+  if (scratch.min_p > 0.f)
+    threshold =
+        fmaxf(threshold, fmaf(logf(fminf(scratch.min_p, 1.f)), scratch.temperature, scratch.max));
   if (threadIdx.x == 0) thresholds[sample] = threshold;
 }
 
@@ -243,6 +247,7 @@ extern "C" __global__ void __launch_bounds__(DRAW_THREADS, 5)
   const float threshold = __ldcg(thresholds + sample);
   const uint64 seed = __ldcg(table.seed + table_row);
   const Row row = row_of(logits, vocab_size, sample, table, table_row, position);
+  if (row.which) __syncthreads();
   if (is_faulted) {
     if (blockIdx.x == 0 && threadIdx.x == 0) out_tokens[sample] = -1;
     return;
@@ -280,5 +285,7 @@ extern "C" __global__ void __launch_bounds__(DRAW_THREADS, 5)
   out_tokens[sample] = token;
   out_logprobs[sample] = __ldcg(row.logits + token) - part.top - logf(part.sum);
   token_ids[size_t(table_row) * token_ids_stride + position] = token;
-  if (row.seen != nullptr) atomicOr(row.seen + token / 32, 1u << token % 32);
+  const size_t mask = size_t(table_row) * ((vocab_size + 31) / 32);
+  if (row.which & REPETITION) atomicOr(table.seen + mask + token / 32, 1u << token % 32);
+  if (row.which & OUTPUT) count_up(table.output_counts + 32 * mask + token);
 }

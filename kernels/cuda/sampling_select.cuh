@@ -18,7 +18,8 @@ struct SelectScratch {  // in shared memory
   int bin, size;
   uint32 first, last;
   Row row;
-  float temperature, max;  // of the row
+  int top_k;                             // 0: off
+  float temperature, top_p, min_p, max;  // of the row
 };
 
 __shared__ SelectScratch scratch;

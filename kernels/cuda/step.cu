@@ -4,7 +4,7 @@
 // What comes from the host and what goes there lies in pinned memory of the host: read and written
 // over the bus, without a copy of its own, and never twice.
 
-typedef unsigned int uint32;
+#include "sampling_table.cuh"
 
 constexpr int MAX_ROWS = 1024;  // also the threads of make_batch
 constexpr int PAGE = 16;        // positions that decode attention takes at a time
@@ -125,22 +125,28 @@ extern "C" __global__ void __launch_bounds__(MAX_ROWS)
   sample_index[token] = token + 1 == first[low + 1] ? sample_of[low] : -1;
 }
 
-// Where the fields of an admission stand, in ints.
-constexpr int ADMISSION = 16;
+// Where the fields of an admission stand, in ints. At TOKENS_AT the known tokens begin, and behind
+// them stand the suppressed tokens, the allowed ones, those that have a bias, and the biases.
+constexpr int ADMISSION = 20;
 enum Field {
   ROW,
   NUM_KNOWN,
+  NUM_PROMPT,
   TOKENS_AT,
   TEMPERATURE,
   TOP_K,
   TOP_P,
   MIN_P,
-  REPETITION_PENALTY,
   SEED_LOW,
   SEED_HIGH,
+  EDITS,
+  REPETITION_PENALTY,
+  PRESENCE_PENALTY,
+  FREQUENCY_PENALTY,
   SUPPRESS_UNTIL,
   NUM_SUPPRESSED,
-  SUPPRESSED_AT
+  NUM_ALLOWED,
+  NUM_BIASES
 };
 
 // An int of the host, read from there.
@@ -156,6 +162,14 @@ __device__ void set_bits(uint32* bits, int words, const int* ids, int num_ids) {
   }
 }
 
+// counts: one row's, [32 words]. How often each token was generated.
+__device__ void count_output(uint16* counts, int words, const int* tokens, int num_tokens) {
+  uint4* fours = reinterpret_cast<uint4*>(counts);  // of words
+  for (int i = threadIdx.x; i < 4 * words; i += blockDim.x) fours[i] = make_uint4(0, 0, 0, 0);
+  __syncthreads();
+  for (int i = threadIdx.x; i < num_tokens; i += blockDim.x) count_up(counts + tokens[i]);
+}
+
 // What each row of the sequence table holds.
 struct Table {
   int* block_tables;
@@ -163,14 +177,23 @@ struct Table {
   int* known_tokens;
   int token_stride;
   int* faulted;
-  float* temperature;
-  int* top_k;
-  float *top_p, *min_p, *repetition_penalty;
-  int2* seed;
-  int* suppress_until;
-  uint32 *suppressed, *seen;
+  SamplingTable sampling;
   int words;
 };
+
+__device__ void set_parameters(const SamplingTable& table, int row, const int* fields) {
+  table.temperature[row] = __int_as_float(fields[TEMPERATURE]);
+  table.top_k[row] = fields[TOP_K];
+  table.top_p[row] = __int_as_float(fields[TOP_P]);
+  table.min_p[row] = __int_as_float(fields[MIN_P]);
+  table.seed[row] = uint64(uint32(fields[SEED_HIGH])) << 32 | uint32(fields[SEED_LOW]);
+  table.edits[row] = fields[EDITS];
+  table.repetition_penalty[row] = __int_as_float(fields[REPETITION_PENALTY]);
+  table.presence_penalty[row] = __int_as_float(fields[PRESENCE_PENALTY]);
+  table.frequency_penalty[row] = __int_as_float(fields[FREQUENCY_PENALTY]);
+  table.suppress_until[row] = fields[SUPPRESS_UNTIL];
+  table.num_biases[row] = fields[NUM_BIASES];
+}
 
 // A thread block overwrites a row. deltas: where the positions that the record names count from.
 __device__ void admit(const Table& table, const int* record, const int* deltas) {
@@ -178,26 +201,34 @@ __device__ void admit(const Table& table, const int* record, const int* deltas) 
   __syncthreads();
   if (threadIdx.x < ADMISSION) fields[threadIdx.x] = host_int(record + threadIdx.x);
   __syncthreads();
-  const int row = fields[ROW], num_known = fields[NUM_KNOWN];
-  const int* tokens = deltas + fields[TOKENS_AT];
-  for (int i = threadIdx.x; i < num_known; i += blockDim.x)
-    table.known_tokens[(long long)row * table.token_stride + i] = host_int(tokens + i);
-  const float penalty = __int_as_float(fields[REPETITION_PENALTY]);
+  const int row = fields[ROW], num_known = fields[NUM_KNOWN], num_biases = fields[NUM_BIASES];
+  const int *tokens = deltas + fields[TOKENS_AT], *suppressed = tokens + num_known;
+  const int *allowed = suppressed + fields[NUM_SUPPRESSED], *biased = allowed + fields[NUM_ALLOWED];
+  int* known_tokens = table.known_tokens + (long long)row * table.token_stride;
+  for (int i = threadIdx.x; i < num_known; i += blockDim.x) known_tokens[i] = host_int(tokens + i);
+  const SamplingTable& sampling = table.sampling;
   if (threadIdx.x == 0) {
     table.faulted[row] = 0;
-    table.temperature[row] = __int_as_float(fields[TEMPERATURE]);
-    table.top_k[row] = fields[TOP_K];
-    table.top_p[row] = __int_as_float(fields[TOP_P]);
-    table.min_p[row] = __int_as_float(fields[MIN_P]);
-    table.repetition_penalty[row] = penalty;
-    table.seed[row] = make_int2(fields[SEED_LOW], fields[SEED_HIGH]);
-    table.suppress_until[row] = fields[SUPPRESS_UNTIL];
+    set_parameters(sampling, row, fields);
   }
+  const long long mask = (long long)row * table.words;
   if (fields[NUM_SUPPRESSED])
-    set_bits(table.suppressed + (long long)row * table.words, table.words,
-             deltas + fields[SUPPRESSED_AT], fields[NUM_SUPPRESSED]);
-  if (penalty != 0.f && penalty != 1.f)
-    set_bits(table.seen + (long long)row * table.words, table.words, tokens, num_known);
+    set_bits(sampling.suppressed + mask, table.words, suppressed, fields[NUM_SUPPRESSED]);
+  if (fields[NUM_ALLOWED])
+    set_bits(sampling.allowed_mask + mask, table.words, allowed, fields[NUM_ALLOWED]);
+  if (fields[EDITS] & REPETITION) set_bits(sampling.seen + mask, table.words, tokens, num_known);
+  if (fields[EDITS] & OUTPUT) {
+    const int num_prompt = fields[NUM_PROMPT];
+    count_output(sampling.output_counts + 32 * mask, table.words, known_tokens + num_prompt,
+                 num_known - num_prompt);
+  }
+  if (num_biases) {
+    set_bits(sampling.biased + mask, table.words, biased, num_biases);
+    for (int i = threadIdx.x; i < num_biases; i += blockDim.x) {
+      sampling.bias_token_ids[row * MAX_BIASES + i] = host_int(biased + i);
+      sampling.biases[row * MAX_BIASES + i] = __int_as_float(host_int(biased + num_biases + i));
+    }
+  }
 }
 
 // header: the host's columns; deltas: what follows them there, or wherever it found room; input:
@@ -205,12 +236,9 @@ __device__ void admit(const Table& table, const int* record, const int* deltas) 
 extern "C" __global__ void begin_step(const int* header, const int* deltas,
                                       int* __restrict__ input, int* block_tables, int max_blocks,
                                       int* known_tokens, int token_stride, int* faulted,
-                                      float* temperature, int* top_k, float* top_p, float* min_p,
-                                      float* repetition_penalty, int2* seed, int* suppress_until,
-                                      uint32* suppressed, uint32* seen, int words) {
-  const Table table = {block_tables, max_blocks, known_tokens, token_stride,       faulted,
-                       temperature,  top_k,      top_p,        min_p,              repetition_penalty,
-                       seed,         suppress_until, suppressed, seen,             words};
+                                      SamplingTable sampling, int words) {
+  const Table table = {block_tables, max_blocks, known_tokens, token_stride,
+                       faulted,      sampling,   words};
   __shared__ int sizes[ROWS];
   if (threadIdx.x < ROWS) {
     sizes[threadIdx.x] = host_int(header + SIZES + threadIdx.x);

@@ -11,8 +11,9 @@ from mili.internal.v1.step_pb2 import Sampling
 from mili.router.api.durations import to_positive_seconds
 from mili.router.api.engine import Engine
 from mili.router.api.events import check_success
-from mili.router.api.generation import Defaults, check_length, check_token_ids
+from mili.router.api.generation import Defaults, check_length
 from mili.router.api.prompt import PromptReader, TextThreads
+from mili.router.api.sampling import check_token_ids
 from mili.router.api.streams import Streams
 from mili.router.errors import Reason, RequestError
 from mili.router.introspection import Pinned

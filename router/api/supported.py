@@ -23,7 +23,8 @@ _SUPPORTED = {
     "TokenIds": "ids",
     "ChatPrompt": "messages template_variables_json",
     "ChatMessage": "role content reasoning_content tool_call_id name",
-    "SamplingParams": "temperature top_p top_k min_p repetition_penalty seed num_sequences",
+    "SamplingParams": "temperature top_p top_k min_p repetition_penalty presence_penalty"
+    " frequency_penalty logit_bias allowed_token_ids seed num_sequences",
     "StopConditions": "max_tokens min_tokens stop_sequences stop_token_ids"
     " include_stop_text ignore_eos time_limit",
     "OutputOptions": "text token_ids skip_special_tokens timing",
@@ -47,13 +48,6 @@ _SUPPORTED_FIELDS = frozenset(
     f"mili.v1.{message}.{name}" for message, names in _SUPPORTED.items() for name in names.split()
 )
 
-# Values of optional fields that say what their absence says. Fields without presence need no
-# entry: their zero is not on the wire.
-_NEUTRAL = {
-    "mili.v1.SamplingParams.presence_penalty": 0.0,
-    "mili.v1.SamplingParams.frequency_penalty": 0.0,
-}
-
 # A list of messages may be so long: each of them is looked at, one by one.
 _MAX_MESSAGES = 8192
 
@@ -71,7 +65,7 @@ def _check(message: Message, prefix: str) -> None:
                 _check(item, item_path + ".")
         elif _may_be_neutral(field, value):
             _check(value, path + ".")
-        elif _NEUTRAL.get(field.full_name) != value:
+        else:
             raise RequestError(
                 Reason.UNSUPPORTED_FIELD, f"{path} is not supported by this server", field=path
             )
@@ -86,6 +80,8 @@ def _messages(
         return ()
     if not field.is_repeated:
         return ((path, value),)
+    if field.message_type.GetOptions().map_entry:
+        return ()
     if len(value) > _MAX_MESSAGES:
         raise RequestError(
             Reason.INVALID_FIELD, f"{field.name} has at most {_MAX_MESSAGES} entries", field=path

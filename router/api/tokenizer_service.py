@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from google.protobuf.message import Message
 
-from mili.router.api.generation import check_token_ids
 from mili.router.api.model import ServedModel
 from mili.router.api.prompt import PromptReader, TextThreads, check_bytes
+from mili.router.api.sampling import check_token_ids
 from mili.router.api.status import Context
 from mili.router.api.supported import check_supported
 from mili.router.errors import Reason, RequestError

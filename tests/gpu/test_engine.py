@@ -26,6 +26,17 @@ pytestmark = pytest.mark.gpu
 
 VOCAB_SIZE = 2048
 LENGTHS = (1, 2, 15, 16, 17, 31, 127, 300, 1000)
+# Everything that changes logits before a token is drawn.
+EDITS: dict[str, Any] = {
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.4,
+    "frequency_penalty": 0.6,
+    "bias_token_ids": [3, 11],
+    "biases": [4.0, -7.5],
+    "allowed_token_ids": range(2, VOCAB_SIZE - 9),
+    "suppressed_token_ids": [3],
+    "suppress_until_position": 45,
+}
 
 
 @pytest.fixture(scope="module", params=[64, 128], ids=["head_dim 64", "head_dim 128"])
@@ -141,6 +152,22 @@ def test_a_preempted_row_continues_as_it_would_have(driver: StepDriver, oracle: 
     check_greedy(oracle, driver.tokens, {1: inputs[1], 3: inputs[3]}, "company of the preempted")
 
 
+def test_output_is_counted_and_the_prompt_is_not_also_after_a_preemption(
+    driver: StepDriver,
+) -> None:
+    (prompt,) = prompts(30).values()
+    calm = generate(driver, {1: prompt}, {1: sampled(21, **EDITS)})[1]
+    counts = driver.runner._sequences.sampling.output_counts
+    expected = torch.tensor(calm[30:]).bincount(minlength=VOCAB_SIZE)
+    assert torch.equal(counts[1].long().cpu(), expected)
+    for known in (31, 40, 53):
+        driver.restart()
+        driver.admit(7, calm[:known], sampled(21, **EDITS), num_prompt_tokens=30)
+        driver.run([7], output_tokens=5, depth=2)
+        expected = torch.tensor(driver.tokens[7][30:]).bincount(minlength=VOCAB_SIZE)
+        assert torch.equal(counts[7].long().cpu(), expected), known
+
+
 def test_rows_that_join_while_others_decode(driver: StepDriver, oracle: Oracle) -> None:
     inputs = prompts(5, 40, 17, 129, 3, 64, 80, 7)
     driver.restart()
@@ -185,7 +212,12 @@ def test_a_model_of_one_layer(family: Family, dtype: str, tmp_path: Path) -> Non
 def test_steps_in_flight_give_what_single_steps_give(driver: StepDriver, depth: int) -> None:
     """A sampled token reaches the next step before the host knows it: not one bit may differ."""
     inputs = prompts(1, 40, 17, 129, 300, 64)
-    sampling = {2: sampled(5), 3: sampled(6, top_k=20), 5: sampled(7, temperature=0.7, top_p=0.9)}
+    sampling = {
+        2: sampled(5, **EDITS),
+        3: sampled(6, top_k=20),
+        4: sampled(8, temperature=0, frequency_penalty=0.5),
+        5: sampled(7, temperature=0.7, top_p=0.9),
+    }
     single = generate(driver, inputs, sampling, chunk=100)
     assert generate(driver, inputs, sampling, chunk=100, depth=depth) == single
 
@@ -195,7 +227,8 @@ def test_the_seed_alone_decides(driver: StepDriver) -> None:
     (prompt,) = prompts(30).values()
     kinds: list[dict[str, Any]] = [
         {}, {"temperature": 0.6, "top_k": 30}, {"top_p": 0.8}, {"min_p": 0.02},
-        {"repetition_penalty": 1.3},
+        {"repetition_penalty": 1.3}, {"presence_penalty": 1.0}, {"frequency_penalty": 1.0},
+        {"bias_token_ids": [3], "biases": [4.0]}, {"allowed_token_ids": range(50)}, EDITS,
     ]  # fmt: skip
     for kind in kinds:
         first = generate(driver, {1: prompt}, {1: sampled(11, **kind)})[1]

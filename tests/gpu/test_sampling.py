@@ -7,13 +7,14 @@ import torch
 
 pytest.importorskip("cupy")
 
-from mili.kernels.reference_sampling import exponentials
-from mili.kernels.sampling import Sampler
+from mili.kernels.reference_sampling import MAX_BIASES, MAX_COUNT, exponentials
+from mili.kernels.sampling import Edit, Sampler
 from tests.gpu.sampling_state import (
     MAX_LEN,
     UNTOUCHED,
     Rows,
     adjusted,
+    edits_of,
     make_rows,
     make_state,
     mixed_rows,
@@ -84,11 +85,17 @@ def check(logits: torch.Tensor, rows: Rows, case: str) -> None:
     written[table_rows, rows.position] = tokens
     assert torch.equal(state.token_ids.cpu().long(), written), f"{case}: token_ids"
     assert not state.faulted.any(), f"{case}: faulted"
-    penalized = (rows.repetition_penalty != 0) & (rows.repetition_penalty != 1)
+    edits = edits_of(rows)
+    penalized = (edits & Edit.REPETITION) > 0
     known = rows.known.clone()
     known[penalized, tokens[penalized]] = True
     seen = state.table.seen[table_rows.cuda()].cpu()
     assert torch.equal(seen, pack_bits(known)), f"{case}: seen"
+    counted = (edits & Edit.OUTPUT) > 0
+    counts = rows.counts.clone()
+    counts[counted, tokens[counted]] += 1
+    got = state.table.output_counts[table_rows.cuda(), : logits.shape[1]].cpu()
+    assert torch.equal(got.long() & MAX_COUNT, counts), f"{case}: counts"
 
 
 @pytest.mark.parametrize(
@@ -116,6 +123,11 @@ def test_same_tokens_as_the_reference(vocab_size: int, count: int) -> None:
         {"min_p": 0.02},
         {"repetition_penalty": 1.2},
         {"suppress_until": MAX_LEN},
+        {"presence_penalty": 1.5},
+        {"frequency_penalty": -0.4},
+        {"biases": 1.0},
+        {"limited": 1.0},
+        {"temperature": 0.0, "frequency_penalty": 0.7, "biases": -3.0, "limited": 1.0},
         {"temperature": 0.6, "top_k": 20, "top_p": 0.95},
         {"temperature": 1.2, "top_k": 3000, "top_p": 0.8, "min_p": 0.01},
     ],
@@ -125,8 +137,16 @@ def test_each_parameter_at_a_large_vocabulary(options: dict[str, float]) -> None
     logits = random_logits(8, 151936, generator)
     half = torch.rand(151936, generator=generator) < 0.5
     seed = torch.randint(-(2**63), 2**63 - 1, (8,), generator=generator)
+    biased = torch.rand(151936, generator=generator) < 0.005
     rows = make_rows(
-        8, 151936, **{"temperature": 1.0, **options}, suppressed=half, known=~half, seed=seed
+        8,
+        151936,
+        **{"temperature": 1.0, **options, "biases": biased * options.get("biases", 0.0)},
+        suppressed=half,
+        known=~half,
+        allowed=half,
+        counts=torch.arange(151936) % 5,
+        seed=seed,
     )
     check(logits, rows, str(options))
 
@@ -186,6 +206,8 @@ PROBABILITIES = torch.tensor([0.05, 0.30, 0.003, 0.15, 0.10, 0.02, 0.25, 0.08, 0
         ({"temperature": 0.5, "top_p": 0.65}, PROBABILITIES**2 * (PROBABILITIES >= 0.25)),
         ({"suppress_until": MAX_LEN}, PROBABILITIES * (torch.arange(10) != 1)),
         ({"repetition_penalty": 2.0}, (PROBABILITIES.log() + 10).mul(0.5).exp()),
+        ({"limited": 1.0}, PROBABILITIES * (torch.arange(10) != 1)),
+        ({"biases": torch.arange(10) * 0.25}, PROBABILITIES * (torch.arange(10) * 0.25).exp()),
     ],
 )
 def test_distribution(options: dict[str, float], expected: torch.Tensor) -> None:
@@ -199,6 +221,7 @@ def test_distribution(options: dict[str, float], expected: torch.Tensor) -> None
         seed=torch.arange(seeds) * 0x9E3779B97F4A7C15,
         suppressed=torch.arange(10) == 1,
         known=torch.ones(10, dtype=torch.bool),
+        allowed=torch.arange(10) != 1,
     )
     state = make_state(rows, torch.arange(seeds) + 1, seeds)
     sampler = Sampler(10, seeds)
@@ -279,6 +302,46 @@ def test_suppression_ends_and_sampled_tokens_become_known() -> None:
         sampler.sample(logits.cuda(), *state)
     # 3.0 and then 2.9 while 4.0 is suppressed; then 4.0; then 4.0 / 1.5 beats 3.0 / 1.5.
     assert state.token_ids[1, :5].tolist() == [1, 2, 0, 0, 0]
+
+
+@pytest.mark.sanitize
+def test_what_is_drawn_counts_from_the_next_token_on() -> None:
+    """Greedy, token after token, against the reference with the output so far; a count ends."""
+    generator = torch.Generator().manual_seed(11)
+    vocab_size, steps = 101, 60
+    logits = torch.randn(4, vocab_size, generator=generator)
+    counts = torch.zeros(4, vocab_size, dtype=torch.int64)
+    counts[3, logits[3].topk(3).indices] = MAX_COUNT
+    rows = make_rows(
+        4,
+        vocab_size,
+        presence_penalty=torch.tensor([0.3, 0.0, -0.5, 0.3]),
+        frequency_penalty=torch.tensor([0.0, 0.2, 0.1, 0.0001]),
+        counts=counts,
+    )
+    state = make_state(rows, torch.arange(4) + 1, 4)
+    sampler = Sampler(vocab_size, 4)
+    for position in range(steps):
+        state.sample_positions.fill_(position)
+        sampler.sample(logits.cuda(), *state)
+        expected = adjusted(logits, rows).argmax(dim=1)
+        assert torch.equal(state.out_tokens.cpu().long(), expected), position
+        rows.counts[torch.arange(4), expected] += 1
+    assert len(set(state.token_ids[1, :steps].tolist())) > 5, "nothing was penalized"
+    got = state.table.output_counts[1:, :vocab_size].cpu().long() & MAX_COUNT
+    assert torch.equal(got, rows.counts.clamp(max=MAX_COUNT))
+
+
+@pytest.mark.sanitize
+def test_a_row_has_as_many_biases_as_there_is_room_for() -> None:
+    generator = torch.Generator().manual_seed(12)
+    vocab_size = 4097
+    logits = random_logits(3, vocab_size, generator)
+    biased = torch.randperm(vocab_size, generator=generator)[:MAX_BIASES]
+    biases = torch.zeros(3, vocab_size)
+    biases[:, biased] = torch.randn(3, MAX_BIASES, generator=generator) * 30
+    biases[2, [0, vocab_size - 1]] = 0
+    check(logits, make_rows(3, vocab_size, temperature=1.0, biases=biases), "many biases")
 
 
 def test_a_graph_replays_with_other_inputs() -> None:

@@ -13,6 +13,7 @@ import torch
 
 from mili.internal.v1.step_pb2 import Admission, Sampling, StepCommand
 from mili.kernels import step
+from mili.kernels.sampling import SamplingTable
 from mili.worker.cuda.staging import order_rows, pack_deltas, pack_rows
 
 pytestmark = pytest.mark.gpu
@@ -48,8 +49,8 @@ def pinned(size: int) -> torch.Tensor:
 def test_admissions_and_blocks_land_in_their_rows(table: step.SequenceTensors, apart: bool) -> None:
     rng = np.random.default_rng(1)
     table.faulted.fill_(1)
-    table.sampling.seen.fill_(-1)
-    table.sampling.suppressed.fill_(-1)
+    for column in table.sampling:
+        column.fill_(-1)
     tokens = {row: rng.integers(0, VOCAB, 1 + 37 * row % LIMIT) for row in (1, 5, step.MAX_ROWS)}
     sampling = {
         1: Sampling(),
@@ -57,13 +58,23 @@ def test_admissions_and_blocks_land_in_their_rows(table: step.SequenceTensors, a
         step.MAX_ROWS: Sampling(
             min_p=0.25,
             repetition_penalty=1.5,
+            presence_penalty=0.5,
+            frequency_penalty=-0.25,
+            bias_token_ids=[0, 33, VOCAB - 1],
+            biases=[-1.5, 2, 100],
+            allowed_token_ids=[VOCAB - 1, 5, 5],
             suppressed_token_ids=[3, 31, 32, VOCAB - 1],
             suppress_until_position=17,
         ),
     }
     command = StepCommand(
         admissions=[
-            Admission(row=row, token_ids=ids.astype("<u4").tobytes(), sampling=sampling[row])
+            Admission(
+                row=row,
+                token_ids=ids.astype("<u4").tobytes(),
+                num_prompt_tokens=1 + len(ids) // 3,
+                sampling=sampling[row],
+            )
             for row, ids in tokens.items()
         ]
     )
@@ -97,12 +108,46 @@ def test_admissions_and_blocks_land_in_their_rows(table: step.SequenceTensors, a
     assert columns.top_k[5].item() == 2**31 - 1
     assert columns.top_p[5].item() == pytest.approx(0.9)
     assert columns.seed[5].item() & (2**64 - 1) == 2**63 + 12345
-    assert columns.min_p[step.MAX_ROWS].item() == 0.25
-    assert columns.suppress_until[step.MAX_ROWS].item() == 17
-    assert bits(columns.suppressed[step.MAX_ROWS]) == {3, 31, 32, VOCAB - 1}
-    assert bits(columns.seen[step.MAX_ROWS]) == set(tokens[step.MAX_ROWS].tolist())
-    # Nobody reads them for rows that neither penalize nor suppress: they are left as they were.
-    assert (columns.seen[5] == -1).all() and (columns.suppressed[5] == -1).all()
+    last = SamplingTable(*(column[step.MAX_ROWS].cpu() for column in columns))
+    assert (last.min_p, last.suppress_until, last.num_biases, last.edits) == (0.25, 17, 3, 31)
+    penalties = (last.repetition_penalty, last.presence_penalty, last.frequency_penalty)
+    assert penalties == (1.5, 0.5, -0.25)
+    assert bits(last.suppressed) == {3, 31, 32, VOCAB - 1}
+    assert bits(last.allowed_mask) == {5, VOCAB - 1}
+    assert bits(last.biased) == {0, 33, VOCAB - 1}
+    assert last.bias_token_ids[:4].tolist() == [0, 33, VOCAB - 1, -1]
+    assert last.biases[:4].tolist() == [-1.5, 2, 100, -1]
+    known = tokens[step.MAX_ROWS]
+    assert bits(last.seen) == set(known.tolist())
+    output = np.bincount(known[1 + len(known) // 3 :], minlength=len(last.output_counts))
+    assert (last.output_counts.numpy() == output).all()
+    # Nobody reads what a row does not use: it is left as it was.
+    assert (columns.edits[5], columns.num_biases[5]) == (0, 0)
+    for column in columns[columns._fields.index("suppressed") :]:
+        assert (column[5] == -1).all()
+    assert (columns.edits[6], columns.suppress_until[6]) == (-1, -1), "a row that was not admitted"
+
+
+@pytest.mark.sanitize
+def test_a_row_admitted_with_much_output_counts_all_of_it(table: step.SequenceTensors) -> None:
+    """Many threads count the same tokens."""
+    ids = np.arange(LIMIT) % 3
+    admission = Admission(
+        row=9,
+        token_ids=ids.astype("<u4").tobytes(),
+        num_prompt_tokens=2,
+        sampling=Sampling(frequency_penalty=1),
+    )
+    deltas = np.frombuffer(pack_deltas(StepCommand(admissions=[admission]), []), np.int32)
+    host_input = pinned(step.DELTAS + len(deltas))
+    rows = order_rows([], [], [], [])
+    pack_rows(rows, StepCommand(admissions=[admission]), 0, host_input.numpy().data)
+    host_input[step.DELTAS :] = torch.from_numpy(deltas.copy())
+    step_input = torch.zeros(step.DELTAS, dtype=torch.int32, device=DEVICE)
+    for _ in range(2):
+        step.begin_step(host_input, step_input, table)()
+        counts = table.sampling.output_counts[9].cpu().numpy()
+        assert (counts == np.bincount(ids[2:], minlength=len(counts))).all()
 
 
 @pytest.mark.sanitize

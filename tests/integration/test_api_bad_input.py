@@ -107,10 +107,15 @@ BAD = {
         "INVALID_FIELD",
         "generation.chat",
     ),
-    "unsupported": (
-        sampled(presence_penalty=1),
-        "UNSUPPORTED_FIELD",
+    "presence penalty": (
+        sampled(presence_penalty=-3),
+        "INVALID_FIELD",
         "generation.sampling.presence_penalty",
+    ),
+    "bias": (
+        sampled(logit_bias={5: NAN}),
+        "INVALID_FIELD",
+        "generation.sampling.logit_bias[5]",
     ),
     "tools": (
         chat("user", tools=[pb.ToolDefinition(name="f")]),

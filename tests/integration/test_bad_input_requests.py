@@ -127,9 +127,9 @@ BAD: dict[str, tuple[Callable[[], pb.Generation], str, str]] = {
     "largest id": (lambda: ids(3, 2**32 - 1), "INVALID_FIELD", "token_ids"),
     "role": (lambda: chat("user", "wizard"), "INVALID_FIELD", "chat.messages[1].role"),
     "logit_bias": (
-        lambda: sampled(logit_bias={1: 1.0}),
-        "UNSUPPORTED_FIELD",
-        "sampling.logit_bias",
+        lambda: sampled(logit_bias={1: 1.0, 2: 1000.0}),
+        "INVALID_FIELD",
+        "sampling.logit_bias[2]",
     ),
     "num_sequences": (
         lambda: sampled(num_sequences=129),

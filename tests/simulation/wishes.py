@@ -46,7 +46,9 @@ class Wishes:
         tenant = rng.choice(self._tenants)
         namespace = namespace_of(tenant, rng.choice(("", "", "salt")) if tenant else "")
         tag = crc32(namespace).to_bytes(4, "big") if namespace else b""
-        sampling = Sampling(seed=seed_of(rng.randrange(3), tag))
+        sampling = Sampling(
+            seed=seed_of(rng.randrange(3), tag), presence_penalty=rng.choice((0, 0, 1.5))
+        )
         if self._deadly and rng.random() < 0.02:
             sampling.top_k = DEADLY_TOP_K
         stops = tuple("".join(rng.choices("ab", k=rng.randint(2, 6))) for _ in range(2))

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mili.kernels import reference_sampling
 from mili.router.api.generation import Defaults, check_generation, read_defaults, to_params
+from mili.router.api.sampling import MAX_BIASES
 from mili.router.errors import Reason, RequestError
 from mili.router.introspection import RequestState
 from mili.router.request import FinishReason, GenerationParams, Scheduling
@@ -53,6 +55,8 @@ def params_of(generation: pb.Generation, prompt: list[int], defaults: Defaults) 
         ("top_p", (NAN, 0, -1, 2, INFINITY)),
         ("min_p", (NAN, -0.1, 1.5)),
         ("repetition_penalty", (NAN, 0, -1, INFINITY, 1000)),
+        ("presence_penalty", (NAN, -2.1, 2.1, INFINITY)),
+        ("frequency_penalty", (NAN, -2.1, 2.1, -INFINITY)),
     ],
 )
 def test_sampling_limits(defaults: Defaults, field: str, bad: tuple[float, ...]) -> None:
@@ -62,6 +66,53 @@ def test_sampling_limits(defaults: Defaults, field: str, bad: tuple[float, ...])
             check_generation(generation, CONTEXT_LIMIT, defaults)
         assert caught.value.reason is Reason.INVALID_FIELD
         assert caught.value.field == f"generation.sampling.{field}"
+
+
+@pytest.mark.parametrize(
+    ("sampling", "field"),
+    [
+        (pb.SamplingParams(logit_bias={3: NAN}), "logit_bias[3]"),
+        (pb.SamplingParams(logit_bias={3: 100, 4: 101}), "logit_bias[4]"),
+        (pb.SamplingParams(logit_bias={3: -INFINITY}), "logit_bias[3]"),
+        (pb.SamplingParams(logit_bias={VOCAB_SIZE: 1}), "logit_bias"),
+        (pb.SamplingParams(logit_bias=dict.fromkeys(range(1025), 1)), "logit_bias"),
+        (pb.SamplingParams(allowed_token_ids=[0, VOCAB_SIZE]), "allowed_token_ids"),
+        (pb.SamplingParams(allowed_token_ids=[0] * (VOCAB_SIZE + 1)), "allowed_token_ids"),
+    ],
+)
+def test_limits_of_token_lists(defaults: Defaults, sampling: pb.SamplingParams, field: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        check_generation(text(sampling=sampling), CONTEXT_LIMIT, defaults)
+    assert caught.value.field == f"generation.sampling.{field}"
+    assert str(caught.value).startswith(f"{field} ")
+
+
+def test_penalties_biases_and_allowed_tokens_reach_the_worker(defaults: Defaults) -> None:
+    asked = pb.SamplingParams(
+        presence_penalty=-2,
+        frequency_penalty=2,
+        logit_bias={200: -100, 7: 100, 0: 0.5},
+        allowed_token_ids=[VOCAB_SIZE - 1, 0],
+    )
+    sampling = params(text(sampling=asked), defaults).sampling
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (-2, 2)
+    assert dict(zip(sampling.bias_token_ids, sampling.biases, strict=True)) == asked.logit_bias
+    assert list(sampling.bias_token_ids) == [0, 7, 200], "workers search it"
+    assert list(sampling.allowed_token_ids) == [VOCAB_SIZE - 1, 0]
+    assert MAX_BIASES == reference_sampling.MAX_BIASES
+
+
+def test_min_tokens_must_leave_a_token(defaults: Defaults) -> None:
+    stopping = pb.StopConditions(min_tokens=1, stop_token_ids=[7])
+    asked = pb.SamplingParams(allowed_token_ids=[EOS_TOKEN_ID, 7])
+    with pytest.raises(RequestError) as caught:
+        params(text(sampling=asked, stopping=stopping), defaults)
+    assert caught.value.field == "generation.stopping.min_tokens"
+    asked.allowed_token_ids.append(8)
+    params(text(sampling=asked, stopping=stopping), defaults)
+    del asked.allowed_token_ids[2]
+    stopping.min_tokens = 0
+    params(text(sampling=asked, stopping=stopping), defaults)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +183,8 @@ def test_nothing_set(defaults: Defaults) -> None:
     assert first.sampling.temperature == 1.0
     assert (first.sampling.top_p, first.sampling.top_k, first.sampling.min_p) == (1.0, 0, 0.0)
     assert first.sampling.repetition_penalty == 1.0
+    assert (first.sampling.presence_penalty, first.sampling.frequency_penalty) == (0, 0)
+    assert not first.sampling.bias_token_ids and not first.sampling.allowed_token_ids
     assert first.sampling.seed != second.sampling.seed
     # The context ends it, and so says the finish reason.
     assert first.max_tokens == CONTEXT_LIMIT
@@ -142,16 +195,19 @@ def test_nothing_set(defaults: Defaults) -> None:
 
 def test_the_models_defaults(tmp_path: Path) -> None:
     folder = make_folder(
-        tmp_path / "m", temperature=0.5, top_p=0.25, top_k=20, min_p=0.125, do_sample=False
-    )
+        tmp_path / "m", temperature=0.5, top_p=0.25, top_k=20, min_p=0.125, do_sample=False,
+        presence_penalty=1.5, frequency_penalty=-0.5,
+    )  # fmt: skip
     defaults = read_defaults(folder)
     sampling = params(text(), defaults).sampling
     assert (sampling.temperature, sampling.top_p) == (0.5, 0.25)
     assert (sampling.top_k, sampling.min_p) == (20, 0.125)
-    asked = pb.SamplingParams(temperature=0, top_k=0, seed=0)
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (1.5, -0.5)
+    asked = pb.SamplingParams(temperature=0, top_k=0, seed=0, presence_penalty=0)
     sampling = params(text(sampling=asked), defaults).sampling
     assert (sampling.temperature, sampling.top_k, sampling.seed) == (0, 0, 0)
     assert sampling.top_p == 0.25
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (0, -0.5)
 
 
 def test_a_models_bad_default_is_named(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from mili.kernels.reference_sampling import (
     sample,
     suppress_,
 )
+from tests.chi_squared import assert_distributed
 
 PROBABILITIES = torch.tensor([0.05, 0.30, 0.003, 0.15, 0.10, 0.02, 0.25, 0.08, 0.007, 0.04])
 LOGITS = PROBABILITIES.log() + 3.0
@@ -75,17 +76,6 @@ def test_exponentials_are_exponential_and_the_same_for_any_choice_of_tokens() ->
         assert abs(share - quantile) < 5 * math.sqrt(quantile * (1 - quantile) / 99_999)
     assert not torch.equal(whole, exponentials(7, 6, None, 99_999))
     assert not torch.equal(whole, exponentials(7 + (1 << 40), 5, None, 99_999))
-
-
-def assert_distributed(tokens: torch.Tensor, expected: torch.Tensor) -> None:
-    """Pearson's chi-squared, five standard deviations wide."""
-    counts = tokens.bincount(minlength=len(expected)).double()
-    possible = expected > 0
-    assert not counts[~possible].any(), f"impossible tokens were drawn: {counts}"
-    wanted = expected[possible].double() * len(tokens)
-    statistic = ((counts[possible] - wanted) ** 2 / wanted).sum()
-    freedom = max(int(possible.sum()) - 1, 1)
-    assert statistic < freedom + 5 * math.sqrt(2 * freedom), counts
 
 
 @pytest.mark.parametrize(

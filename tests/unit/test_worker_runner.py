@@ -111,7 +111,10 @@ def test_output_does_not_depend_on_company_or_order(folder: Path) -> None:
     """Also sampled, and with rows admitted while others decode."""
     inputs = dict(enumerate(prompts(5, 40, 17, 129, 3, 64, 80, 7), start=1))
     settings = [Sampling(), Sampling(temperature=0.8, top_p=0.95, seed=2**63 + 11)]
-    settings += [Sampling(temperature=1.0, seed=3), Sampling(temperature=1.2, top_k=20, seed=4)]
+    settings += [
+        Sampling(temperature=1.0, seed=3, frequency_penalty=2, bias_token_ids=[9], biases=[6]),
+        Sampling(temperature=1.2, top_k=20, seed=4, allowed_token_ids=range(0, 320, 3)),
+    ]
     many = StepDriver(folder)
     for row, token_ids in inputs.items():
         many.admit(row, token_ids, settings[row % 4])
@@ -125,15 +128,22 @@ def test_output_does_not_depend_on_company_or_order(folder: Path) -> None:
 
 
 def test_a_recovered_row_continues_as_it_would_have(folder: Path) -> None:
-    """Admitted again elsewhere with its output so far: the seed and the position decide."""
-    sampling = Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.2, seed=99)
+    """Admitted again elsewhere with its output so far: seed, position and history decide."""
+    sampling = Sampling(
+        temperature=1.0, top_p=0.9, repetition_penalty=1.2, seed=99, presence_penalty=0.5,
+        frequency_penalty=1.5, bias_token_ids=[3, 200], biases=[4, 4],
+        allowed_token_ids=range(3, 250), suppressed_token_ids=[3], suppress_until_position=60,
+    )  # fmt: skip
     (prompt,) = prompts(30)
     first, second = StepDriver(folder), StepDriver(folder)
     first.admit(1, prompt, sampling)
     first.run([1], output_tokens=40)
-    second.admit(5, first.tokens[1][:50], sampling)
+    second.admit(5, first.tokens[1][:50], sampling, num_prompt_tokens=30)
     second.run([5], output_tokens=20)
     assert second.tokens[5] == first.tokens[1]
+    second.admit(5, first.tokens[1][:50], sampling)
+    second.run([5], output_tokens=20)
+    assert second.tokens[5] != first.tokens[1], "what is output and what is prompt matters"
 
 
 def test_results_are_parallel_to_the_rows_of_the_command(folder: Path) -> None:
@@ -163,6 +173,28 @@ def test_suppressed_tokens_and_repetition_penalty_as_transformers(folder: Path) 
     driver.admit(1, prompt, sampling)
     driver.run([1], output_tokens=30)
     assert driver.tokens[1] == plain[0].tolist()
+
+
+def test_penalties_and_biases_as_a_loop_of_transformers_would(folder: Path) -> None:
+    """Greedy, each token from the oracle's own logits, edited by OpenAI's formula."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = list(prompts(12)[0])
+    counts, bias = torch.zeros(320), torch.zeros(320)
+    bias[[7, 8]] = torch.tensor([1.5, -100.0])
+    sampling = Sampling(
+        presence_penalty=0.3, frequency_penalty=0.2, bias_token_ids=[7, 8], biases=[1.5, -100.0]
+    )
+    driver = StepDriver(folder)
+    driver.admit(1, tokens, sampling)
+    driver.run([1], output_tokens=40)
+    for token in driver.tokens[1][12:]:
+        with torch.inference_mode():
+            logits = model(torch.tensor([tokens])).logits[0, -1]
+        logits = logits - 0.2 * counts - 0.3 * (counts > 0) + bias
+        assert logits.max() - logits[token] < TIE
+        counts[token] += 1
+        tokens.append(token)
+    assert counts.max() > 1, "no token came twice: nothing was tested"
 
 
 def test_suppression_ends_at_its_position(folder: Path) -> None:

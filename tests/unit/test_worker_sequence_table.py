@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mili.internal.v1.step_pb2 import Admission, StepCommand
+from mili.internal.v1.step_pb2 import Admission, Sampling, StepCommand
 from mili.worker.cpu.sequence_table import CpuSequenceTable
 from mili.worker.sequence_table import CommandError
 
@@ -60,6 +60,11 @@ def test_a_row_that_is_admitted_again_begins_without_blocks(table: CpuSequenceTa
 ADMITTED = array("I", [1]).tobytes()
 
 
+def sampled(**fields: Any) -> dict[str, Any]:  # noqa: ANN401
+    sampling = Sampling(**fields)
+    return {"admissions": [Admission(row=1, token_ids=ADMITTED, sampling=sampling)]}
+
+
 @pytest.mark.parametrize(
     ("command", "reason"),
     [
@@ -76,6 +81,13 @@ ADMITTED = array("I", [1]).tobytes()
         ({"admissions": [Admission(row=1, token_ids=ADMITTED[:3])]}, "half a token"),
         ({"admissions": [Admission(row=1, token_ids=b"\n\0\0\0")]}, "out of range"),
         ({"admissions": [Admission(row=1, token_ids=ADMITTED, adapter=1)]}, "cannot do"),
+        ({"admissions": [Admission(row=1, token_ids=ADMITTED, num_prompt_tokens=2)]}, "prompt"),
+        (sampled(suppressed_token_ids=[10]), "suppressed or allowed id"),
+        (sampled(allowed_token_ids=[3, 10]), "suppressed or allowed id"),
+        (sampled(bias_token_ids=[3], biases=[1, 2]), "biases"),
+        (sampled(bias_token_ids=range(1025), biases=[1] * 1025), "biases"),
+        (sampled(bias_token_ids=[3, 3], biases=[1, 2]), "must rise"),
+        (sampled(bias_token_ids=[3, 10], biases=[1, 2]), "end in the vocabulary"),
         ({"rows": [5], "starts": [0], "num_tokens": [1]}, "no such row"),
         ({"rows": [0], "starts": [0], "num_tokens": [1]}, "no such row"),
         ({"rows": [1], "starts": [0], "num_tokens": [1]}, "0 blocks"),

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("cupy")  # which the layout's module imports for its kernels
 
 from mili.internal.v1.step_pb2 import Admission, Sampling, StepCommand
+from mili.kernels.sampling import Edit
 from mili.kernels.step import (
     ADMISSION_SIZE,
     COUNTS,
@@ -83,6 +84,11 @@ ADMITTED = {
             top_p=0.9,
             min_p=0.05,
             repetition_penalty=1.3,
+            presence_penalty=-0.5,
+            frequency_penalty=1.75,
+            bias_token_ids=[4, 9, 2**31 - 1],
+            biases=[-100, 0.1, 7],
+            allowed_token_ids=[8, 1, 8],
             seed=2**64 - 3,
             suppressed_token_ids=[5, 6],
             suppress_until_position=17,
@@ -103,10 +109,12 @@ ADMITTED = {
 
 # As kernels/cuda/step.cu has them.
 FIELDS = (
-    "row", "num_tokens", "tokens_at", "temperature", "top_k", "top_p", "min_p",
-    "repetition_penalty", "seed_low", "seed_high", "suppress_until", "num_suppressed",
-    "suppressed_at",
+    "row", "num_tokens", "num_prompt_tokens", "tokens_at", "temperature", "top_k", "top_p", "min_p",
+    "seed_low", "seed_high", "edits", "repetition_penalty", "presence_penalty", "frequency_penalty",
+    "suppress_until", "num_suppressed", "num_allowed", "num_biases",
 )  # fmt: skip
+FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+          "frequency_penalty")  # fmt: skip
 
 
 def read_float(bits: int) -> float:
@@ -117,7 +125,12 @@ def read_float(bits: int) -> float:
 def test_admissions_and_blocks_stand_where_the_record_says() -> None:
     command = StepCommand(
         admissions=[
-            Admission(row=row, token_ids=np.array(ids, "<u4").tobytes(), sampling=sampling)
+            Admission(
+                row=row,
+                token_ids=np.array(ids, "<u4").tobytes(),
+                num_prompt_tokens=len(ids) // 2,
+                sampling=sampling,
+            )
             for row, (ids, sampling) in ADMITTED.items()
         ]
     )
@@ -128,15 +141,23 @@ def test_admissions_and_blocks_stand_where_the_record_says() -> None:
     used = [*range(appended_at + 9)]
     for index, (row, (ids, sampling)) in enumerate(ADMITTED.items()):
         record = dict(zip(FIELDS, deltas[index * ADMISSION_SIZE :], strict=False))
-        tokens_at, suppressed_at = record["tokens_at"], record["suppressed_at"]
-        suppressed = list(sampling.suppressed_token_ids)
         assert (record["row"], record["num_tokens"]) == (row, len(ids))
-        assert deltas[tokens_at : tokens_at + len(ids)] == ids
-        assert record["num_suppressed"] == len(suppressed)
-        assert deltas[suppressed_at : suppressed_at + len(suppressed)] == suppressed
-        used += range(tokens_at, tokens_at + len(ids))
-        used += range(suppressed_at, suppressed_at + len(suppressed))
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+        assert record["num_prompt_tokens"] == len(ids) // 2
+        end = record["tokens_at"]
+        biases = [struct.unpack("<i", struct.pack("<f", bias))[0] for bias in sampling.biases]
+        assert record["num_suppressed"] == len(sampling.suppressed_token_ids)
+        assert record["num_allowed"] == len(sampling.allowed_token_ids)
+        assert record["num_biases"] == len(biases)
+        for expected in (
+            ids,
+            sampling.suppressed_token_ids,
+            sampling.allowed_token_ids,
+            sampling.bias_token_ids,
+            biases,
+        ):
+            assert deltas[end : end + len(expected)] == list(expected)
+            used += range(end, end := end + len(expected))
+        for name in FLOATS:
             assert read_float(record[name]) == getattr(sampling, name), name
         assert record["top_k"] == min(sampling.top_k, 2**31 - 1)
         assert record["suppress_until"] == min(sampling.suppress_until_position, 2**31 - 1)
@@ -149,10 +170,25 @@ def test_a_step_without_news_has_no_deltas() -> None:
     assert pack_deltas(StepCommand(), []) == b""
 
 
-def test_without_ids_nothing_is_suppressed() -> None:
-    """The bits of a row are written only where there are ids: old ones must not be read."""
-    admission = Admission(
-        row=1, token_ids=b"\1\0\0\0", sampling=Sampling(suppress_until_position=12)
-    )
+@pytest.mark.parametrize(
+    ("sampling", "edits"),
+    [
+        (Sampling(), 0),
+        (Sampling(repetition_penalty=1, temperature=1, top_k=5, top_p=0.5, min_p=0.1, seed=3), 0),
+        (Sampling(suppress_until_position=12), 0),
+        (Sampling(repetition_penalty=1.5), Edit.REPETITION),
+        (Sampling(presence_penalty=-1), Edit.OUTPUT),
+        (Sampling(frequency_penalty=1), Edit.OUTPUT),
+        (Sampling(bias_token_ids=[0], biases=[0]), Edit.BIASES),
+        (Sampling(allowed_token_ids=[0]), Edit.ALLOWED),
+        (Sampling(suppressed_token_ids=[0]), Edit.SUPPRESSED),
+        (ADMITTED[3][1], 31),
+    ],
+)
+def test_the_columns_of_an_edit_are_read_only_where_it_is_named(
+    sampling: Sampling, edits: int
+) -> None:
+    """What a row does not use is left as it was: old values must not be read."""
+    admission = Admission(row=1, token_ids=b"\1\0\0\0", sampling=sampling)
     packed = np.frombuffer(pack_deltas(StepCommand(admissions=[admission]), []), np.int32)
-    assert packed[FIELDS.index("suppress_until")] == 0
+    assert packed[FIELDS.index("edits")] == edits

@@ -8,7 +8,15 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mili.kernels.reference_sampling import SamplingRows, penalize_repetition_, sample, suppress_
+from mili.kernels.reference_sampling import (
+    SamplingRows,
+    add_biases_,
+    allow_only_,
+    penalize_output_,
+    penalize_repetition_,
+    sample,
+    suppress_,
+)
 from mili.worker.cpu.sequence_table import CpuSequenceTable, IntArray
 
 
@@ -16,18 +24,9 @@ def sample_rows(logits: torch.Tensor, table: CpuSequenceTable, rows: IntArray) -
     """Return one token for each of `rows`, [rows] int64. logits: [rows, vocab], overwritten."""
     sampling = [table.sampling[row] for row in rows]
     positions = table.known(rows)
-    penalty = torch.tensor([s.repetition_penalty for s in sampling])
-    if any(s.repetition_penalty not in (0, 1) for s in sampling):
-        history = torch.from_numpy(table.token_ids[rows, : positions.max()])
-        penalize_repetition_(logits, history, torch.from_numpy(positions), penalty)
-    suppressed = [
-        (index, token_id)
-        for index, (s, position) in enumerate(zip(sampling, positions, strict=True))
-        if position < s.suppress_until_position
-        for token_id in s.suppressed_token_ids
-    ]
-    if suppressed:
-        suppress_(logits, *torch.tensor(suppressed).unbind(dim=1))
+    edited = [index for index, row in enumerate(rows.tolist()) if row in table.edited]
+    if edited:
+        logits[edited] = _edit(logits[edited], table, rows[edited], positions[edited])
     if not any(s.temperature for s in sampling):
         return logits.argmax(dim=-1)
     return sample(
@@ -41,3 +40,33 @@ def sample_rows(logits: torch.Tensor, table: CpuSequenceTable, rows: IntArray) -
             position=torch.from_numpy(positions),
         ),
     )
+
+
+def _edit(
+    logits: torch.Tensor, table: CpuSequenceTable, rows: IntArray, positions: IntArray
+) -> torch.Tensor:
+    """Apply penalties, biases and masks to logits, [rows, vocab], in place; return them.
+
+    positions: [rows], where the tokens will stand.
+    """
+    sampling = [table.sampling[row] for row in rows]
+    history = torch.from_numpy(table.token_ids[rows, : positions.max()])
+    begins, ends = torch.from_numpy(table.num_prompt_tokens[rows]), torch.from_numpy(positions)
+    penalty = torch.tensor([s.repetition_penalty for s in sampling])
+    penalize_repetition_(logits, history, ends, penalty)
+    presence = torch.tensor([s.presence_penalty for s in sampling])
+    frequency = torch.tensor([s.frequency_penalty for s in sampling])
+    penalize_output_(logits, history, begins, ends, presence, frequency)
+    for index, s in enumerate(sampling):
+        if s.bias_token_ids:
+            token_ids, biases = torch.tensor(s.bias_token_ids), torch.tensor(s.biases)
+            add_biases_(logits, torch.full_like(token_ids, index), token_ids, biases)
+    masked = [index for index, row in enumerate(rows.tolist()) if row in table.allowed_mask]
+    if masked:
+        masks = torch.stack([table.allowed_mask[int(rows[index])] for index in masked])
+        allow_only_(logits, torch.tensor(masked), masks)
+    for index, s in enumerate(sampling):
+        if s.suppressed_token_ids and positions[index] < s.suppress_until_position:
+            token_ids = torch.tensor(s.suppressed_token_ids)
+            suppress_(logits, torch.full_like(token_ids, index), token_ids)
+    return logits

@@ -68,13 +68,15 @@ def count_blocks(
     return int(num_blocks)
 
 
-def log_capacity(num_blocks: int, block_size: int) -> None:
+def log_capacity(num_blocks: int, block_size: int, sampling_bytes: int) -> None:
+    """sampling_bytes: of what the sequence table holds for sampling; most are counts of tokens."""
     tokens = (num_blocks - 1) * block_size
     log.info(
         "KV cache",
         tokens=tokens,
         sequences_of_4096_tokens=round(tokens / 4096, 1),
         blocks=num_blocks,
+        sampling_state_mib=round(sampling_bytes / (1 << 20), 1),
     )
 
 

@@ -102,7 +102,7 @@ class CudaRunner:
             self._decoder.attach(self.cache, MAX_ROWS)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error, device) from error
-        log_capacity(num_blocks, config.block_size)
+        log_capacity(num_blocks, config.block_size, self._sequences.sampling.num_bytes)
         with torch.cuda.stream(self._stream):
             self._transfer = Transfer(self._batch, self._sequences, device)
         self._graphs = Graphs(enabled=not config.enforce_eager)

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from operator import add
 from typing import NamedTuple
 
-from mili.internal.v1.step_pb2 import Admission, StepCommand
+from mili.internal.v1.step_pb2 import Admission, Sampling, StepCommand
+from mili.kernels.sampling import Edit
 from mili.kernels.step import (
     ADMISSION,
     ADMISSION_SIZE,
@@ -23,6 +24,9 @@ from mili.kernels.step import (
 from mili.worker.sequence_table import TOKEN_BYTES
 
 _MAX_INT = 2**31 - 1
+# Plain ints: an IntFlag's operators take as long as all else that an admission costs.
+_REPETITION, _OUTPUT, _BIASES, _ALLOWED, _SUPPRESSED = map(int, Edit)
+_NO_EDITS = (0.0, 0.0, 0.0, 0, 0, 0, 0)
 
 
 class StepRows(NamedTuple):
@@ -78,28 +82,65 @@ def pack_deltas(command: StepCommand, appended: Sequence[int]) -> bytes:
     parts = [b""] * len(command.admissions) + [array("i", appended).tobytes()]
     end = ADMISSION_SIZE * len(command.admissions) + len(appended)
     for index, admission in enumerate(command.admissions):
-        suppressed = array("i", admission.sampling.suppressed_token_ids)
-        num_tokens = len(admission.token_ids) // TOKEN_BYTES
-        parts[index] = _record(admission, num_tokens, end, len(suppressed))
-        parts += (admission.token_ids, suppressed.tobytes())
-        end += num_tokens + len(suppressed)
+        edits = _edits(admission.sampling)
+        parts[index] = _record(admission, end, edits)
+        parts.append(admission.token_ids)
+        end += len(admission.token_ids) // TOKEN_BYTES
+        if edits:
+            lists = _lists(admission.sampling)
+            parts.append(lists)
+            end += len(lists) // TOKEN_BYTES
     return b"".join(parts)
 
 
-def _record(admission: Admission, num_tokens: int, tokens_at: int, num_suppressed: int) -> bytes:
+def _edits(sampling: Sampling) -> int:
+    """What changes the row's logits: its columns alone are written, and may be read."""
+    edits = 0
+    if sampling.repetition_penalty not in (0, 1):
+        edits |= _REPETITION
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        edits |= _OUTPUT
+    if sampling.bias_token_ids:
+        edits |= _BIASES
+    if sampling.allowed_token_ids:
+        edits |= _ALLOWED
+    if sampling.suppressed_token_ids:
+        edits |= _SUPPRESSED
+    return edits
+
+
+def _record(admission: Admission, tokens_at: int, edits: int) -> bytes:
     sampling = admission.sampling
     return ADMISSION.pack(
         admission.row,
-        num_tokens,
+        len(admission.token_ids) // TOKEN_BYTES,
+        admission.num_prompt_tokens,
         tokens_at,
         sampling.temperature,
         min(sampling.top_k, _MAX_INT),
         sampling.top_p,
         sampling.min_p,
-        sampling.repetition_penalty,
         sampling.seed,
-        # Without ids the row's bits are left as they were, and must not be read.
-        min(sampling.suppress_until_position, _MAX_INT) if num_suppressed else 0,
-        num_suppressed,
-        tokens_at + num_tokens,
+        edits,
+        *(_edit_fields(sampling) if edits else _NO_EDITS),
     )
+
+
+def _edit_fields(sampling: Sampling) -> tuple[float, ...]:
+    return (
+        sampling.repetition_penalty,
+        sampling.presence_penalty,
+        sampling.frequency_penalty,
+        min(sampling.suppress_until_position, _MAX_INT),
+        len(sampling.suppressed_token_ids),
+        len(sampling.allowed_token_ids),
+        len(sampling.bias_token_ids),
+    )
+
+
+def _lists(sampling: Sampling) -> bytes:
+    """The token ids and biases that an admission's record counts, as they stand one by one."""
+    # A slice is a list, which is read several times faster: it may have the whole vocabulary.
+    suppressed, allowed = sampling.suppressed_token_ids[:], sampling.allowed_token_ids[:]
+    token_ids = array("i", suppressed + allowed + sampling.bias_token_ids[:])
+    return token_ids.tobytes() + array("f", sampling.biases).tobytes()

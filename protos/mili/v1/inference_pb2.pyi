@@ -375,6 +375,11 @@ Global___ToolCall: _TypeAlias = ToolCall  # noqa: Y015
 
 @_typing.final
 class SamplingParams(_message.Message):
+    """What is not set comes from the model's generation_config.json, and else changes nothing. The order:
+    repetition penalty, frequency and presence penalty, logit_bias, allowed_token_ids, min_tokens;
+    then temperature, top_k, top_p, min_p. Log-probabilities are those before any of it.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -409,13 +414,25 @@ class SamplingParams(_message.Message):
     ALLOWED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     NUM_SEQUENCES_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
+    """From 0, the most likely token always, to 100."""
     top_p: _builtins.float
+    """The fewest most likely tokens that together have this probability: above 0, at most 1."""
     top_k: _builtins.int
+    """The so many most likely tokens; 0 = all."""
     min_p: _builtins.float
+    """Tokens at least this share as likely as the most likely one: from 0 to 1."""
     presence_penalty: _builtins.float
+    """Subtracted from the logit of every token that stands in the output so far: from -2 to 2. Like
+    frequency_penalty it does not look at the prompt.
+    """
     frequency_penalty: _builtins.float
+    """Subtracted as often as the token stands in the output so far: from -2 to 2."""
     repetition_penalty: _builtins.float
+    """The logit of every token of prompt and output so far is divided by this, and multiplied where
+    it is negative: from 0.01 to 100, 1 = off.
+    """
     seed: _builtins.int
+    """With the same seed the same request gives the same text. Unset = any."""
     num_sequences: _builtins.int
     """Number of independent samples ("n"), from 1 (which is what unset means) to 128, and at most as
     many as a worker can run together. Sequence 0 has the request's seed, each other one a seed
@@ -424,9 +441,15 @@ class SamplingParams(_message.Message):
     fails alone ends with FINISH_REASON_ERROR; the call fails when all of them did.
     """
     @_builtins.property
-    def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]: ...
+    def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
+        """Added to the logits of tokens, by id: from -100 to 100, at most 1,024 entries."""
+
     @_builtins.property
-    def allowed_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def allowed_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """No other token is generated, so without an end-of-text token here only limits and stop
+        sequences end the output. Empty = all are allowed.
+        """
+
     def __init__(
         self,
         *,
@@ -499,6 +522,9 @@ class StopConditions(_message.Message):
     TIME_LIMIT_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
     min_tokens: _builtins.int
+    """Before so many tokens nothing ends the output: end-of-text and stop tokens are not generated,
+    stop sequences not looked for. Refused where all of allowed_token_ids would end it.
+    """
     include_stop_text: _builtins.bool
     ignore_eos: _builtins.bool
     max_reasoning_tokens: _builtins.int

@@ -14,6 +14,7 @@ PARAMETERS: dict[str, dict[str, float]] = {
     "temperature": {"temperature": 1.0},
     "top-k 50": {"temperature": 1.0, "top_k": 50},
     "top-p 0.9": {"temperature": 1.0, "top_p": 0.9},
+    "penalties": {"temperature": 1.0, "presence_penalty": 0.5, "frequency_penalty": 0.5},
     "all": {
         "temperature": 0.7,
         "top_k": 50,

@@ -457,6 +457,10 @@ Global___Grammar: _TypeAlias = Grammar  # noqa: Y015
 
 @_typing.final
 class Sampling(_message.Message):
+    """How a row is sampled: kernels/reference_sampling.py says what each number means. Zero turns its
+    step off.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TEMPERATURE_FIELD_NUMBER: _builtins.int
@@ -483,11 +487,15 @@ class Sampling(_message.Message):
     """With the position, the key of the counter-based generator."""
     suppress_until_position: _builtins.int
     @_builtins.property
-    def bias_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def bias_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Rising, at most 1,024, and as many biases."""
+
     @_builtins.property
     def biases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
     @_builtins.property
-    def allowed_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def allowed_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Empty = all."""
+
     @_builtins.property
     def suppressed_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Not sampled before this position (min_tokens, ignore_eos)."""
