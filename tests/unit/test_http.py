@@ -21,6 +21,7 @@ from tests.scripted_server import (
     ScriptedServer,
     delta,
     endless,
+    finished,
     refuse,
     running_server,
     started,
