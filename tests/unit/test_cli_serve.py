@@ -126,9 +126,7 @@ def test_the_http_front_says_which_package_it_lacks(monkeypatch: pytest.MonkeyPa
     for name in [name for name in sys.modules if name.startswith("mili.client.http")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
-    with pytest.raises(
-        CommandError, match=r"needs the package uvicorn: pip install 'mili\[http\]'"
-    ):
+    with pytest.raises(CommandError, match="needs the package uvicorn"):
         check_packages()
 
 
