@@ -82,7 +82,7 @@ async def _serve(
         [] if front is None else [_child("http", "http", front, {})],
     )
     announcement = asyncio.create_task(
-        _announce(router, front, len(workers), lambda: router_child.alive)
+        _announce(router, len(workers), lambda: router_child.alive, front)
     )
     try:
         return await supervisor.run()
@@ -193,7 +193,10 @@ def free_port(setting: str, host: str, port: int = 0) -> int:
 
 
 async def _announce(
-    router: RouterConfig, front: HttpConfig | None, workers: int, alive: Callable[[], bool]
+    router: RouterConfig,
+    workers: int,
+    alive: Callable[[], bool],
+    front: HttpConfig | None = None,
 ) -> None:
     """Print one line when the API answers, for people and for scripts that wait for it.
 

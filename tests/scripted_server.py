@@ -67,6 +67,10 @@ class ScriptedServer(
         self.tokens: list[str] = []
         self.response: pb.GenerateResponse | None = None
         self.call_ended = threading.Event()
+        # Set while no stream runs.
+        self.all_ended = threading.Event()
+        self._running = 0
+        self._lock = threading.Lock()
         self.attached: Callable[
             [pb.AttachStreamRequest, grpc.ServicerContext], Iterator[pb.StreamEvent]
         ] = lambda request, _: iter(numbered(whole_stream())[request.after_sequence :])
@@ -78,7 +82,8 @@ class ScriptedServer(
         self, request: pb.GenerateStreamRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateStreamResponse]:
         self._note(request, context)
-        context.add_callback(self.call_ended.set)
+        self._count(1)
+        context.add_callback(lambda: self._count(-1))
         for event in self.events(context):
             yield pb.GenerateStreamResponse(event=event)
 
@@ -150,6 +155,13 @@ class ScriptedServer(
         if request.name not in ("m", "other"):
             list(refuse(context, grpc.StatusCode.NOT_FOUND.value[0]))
         return model_pb2.GetModelResponse(model=model_pb2.Model(name="m", aliases=["other"]))
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self._running += change
+            (self.call_ended.set if change < 0 else self.all_ended.clear)()
+            if not self._running:
+                self.all_ended.set()
 
     def _note(self, request: Message, context: grpc.ServicerContext) -> None:
         self.calls += 1

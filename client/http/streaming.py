@@ -133,6 +133,8 @@ async def _merged(streams: Sequence[AsyncTextStream]) -> AsyncIterator[_Event]:
     finally:
         for task in waiting:
             task.cancel()
+        # Nobody else hears how they ended.
+        await asyncio.gather(*waiting, return_exceptions=True)
 
 
 async def _next(source: AsyncIterator[_Result]) -> _Result:

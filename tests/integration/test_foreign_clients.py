@@ -116,7 +116,6 @@ def test_openai_chat(client: openai.OpenAI, ours: str) -> None:
     pieces = client.chat.completions.create(**options, extra_body=extra, stream=True)
     texts = [chunk.choices[0].delta.content or "" for chunk in pieces]
     assert "".join(texts) == ours
-    assert len(texts) > 5
 
 
 def test_openai_completions_and_models(served: Served, client: openai.OpenAI) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -487,15 +488,21 @@ async def test_one_failed_sequence_fails_the_call(
 # Leaving.
 
 
+@pytest.mark.parametrize("prompts", [["a"], ["a", "b"]])
 async def test_hanging_up_cancels_a_stream(
-    server: ScriptedServer, front: openai.AsyncOpenAI
+    server: ScriptedServer,
+    front: openai.AsyncOpenAI,
+    caplog: pytest.LogCaptureFixture,
+    prompts: list[str],
 ) -> None:
     server.events = endless
-    stream = await front.chat.completions.create(model="m", messages=USER, stream=True)
+    stream = await front.completions.create(model="m", prompt=prompts, stream=True)
     async for _ in stream:
         break
     await stream.close()
-    assert await asyncio.to_thread(server.call_ended.wait, PATIENCE)
+    assert await asyncio.to_thread(server.all_ended.wait, PATIENCE)
+    gc.collect()
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize("stream", [False, True])
