@@ -131,6 +131,22 @@ def test_openai_completions_and_models(served: Served, client: openai.OpenAI) ->
     assert missing.value.code == "MODEL_NOT_FOUND"
 
 
+def test_openai_several_choices(client: openai.OpenAI) -> None:
+    options = {"model": "tiny", "messages": CHAT, "n": 3, "seed": 5, "max_completion_tokens": 16}
+    answer = client.chat.completions.create(**options)
+    whole = [choice.message.content for choice in answer.choices]
+    assert len(set(whole)) == 3
+    usage = {"include_usage": True}
+    texts = ["", "", ""]
+    for chunk in client.chat.completions.create(**options, stream=True, stream_options=usage):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+    assert texts == whole
+    assert chunk.usage is not None and answer.usage is not None
+    assert chunk.usage.completion_tokens == answer.usage.completion_tokens
+    assert chunk.usage.prompt_tokens == answer.usage.prompt_tokens
+
+
 def test_openai_refusals(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(model="tiny", prompt="a", top_p=7)
