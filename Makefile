@@ -77,7 +77,7 @@ protos: .venv/.dev
 	touch $@
 
 .venv/.mili: pyproject.toml .venv/.torch
-	$(PIP) install --editable '.[router,worker]'
+	$(PIP) install --editable '.[router,worker,http]'
 	touch $@
 
 # A compiler for tests without a GPU, of one version, since register counts differ from version to
@@ -91,7 +91,7 @@ endif
 	touch $@
 
 .venv/.dev: pyproject.toml .venv/.mili .venv/.nvcc
-	$(PIP) install --editable '.[router,worker,cuda13,dev]'
+	$(PIP) install --editable '.[router,worker,http,cuda13,dev]'
 	touch $@
 
 clean:

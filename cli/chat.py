@@ -28,8 +28,7 @@ from mili.cli.generate import (
 )
 
 if TYPE_CHECKING:
-    from mili.client import Client, Message
-    from mili.client.requests import Options
+    from mili.client import Client, Message, Options
 
 
 def chat(

@@ -18,6 +18,7 @@ import typer
 from mili.cli.chat import chat
 from mili.cli.errors import CommandError, ExitCode, told_os_errors
 from mili.cli.generate import generate
+from mili.cli.http_config import HttpConfig
 from mili.cli.lifeline import tie_to_parent
 from mili.cli.models import pull_model, with_model_folder
 from mili.cli.options import add_command
@@ -110,6 +111,16 @@ def _run_worker(config: WorkerConfig, pull: bool) -> int:
         raise CommandError(str(error)) from error
 
 
+def _run_http(config: HttpConfig, _: bool) -> int:
+    _end_on_sigterm(ExitCode.CLEAN)
+    from mili.cli.logging import set_up_logging
+
+    set_up_logging("http", config.log_level, config.log_format)
+    from mili.cli.http_front import run_front
+
+    return run_front(config)
+
+
 def pull(
     names: Annotated[
         list[str], typer.Argument(metavar="NAME...", help="Short name, hub id or GGUF file.")
@@ -157,6 +168,14 @@ add_command(
 )
 add_command(app, RouterConfig, _run_router, name="router", help="Run a router.", shared=_ALL)
 add_command(app, WorkerConfig, _run_worker, name="worker", help="Run a worker.", shared=_ALL)
+add_command(
+    app,
+    HttpConfig,
+    _run_http,
+    name="http",
+    help="Speak OpenAI's HTTP API in front of a router.",
+    shared=_ALL,
+)
 for _command in (pull, generate, chat, keygen, token, replay):
     app.command()(_command)
 

@@ -30,7 +30,9 @@ WITHOUT_FLAG = frozenset(
         "eviction_policy",
         "enforce_eager",
         "health_port",
+        "http_host",
         "insecure_worker_link",
+        "itl_goal",
         "kv_cache_memory_bytes",
         "kv_cache_memory_fraction",
         "max_queue_time",
@@ -65,14 +67,15 @@ _COMMON = (
             typer.Option("--print-config", help="Print each setting and its origin, and exit."),
         ],
     ),
-    inspect.Parameter(
-        "pull",
-        inspect.Parameter.KEYWORD_ONLY,
-        default=False,
-        annotation=Annotated[
-            bool, typer.Option("--pull", help="Pull the model first if it is not here.")
-        ],
-    ),
+)
+# Of commands that have a MODEL.
+_PULL = inspect.Parameter(
+    "pull",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[
+        bool, typer.Option("--pull", help="Pull the model first if it is not here.")
+    ],
 )
 
 
@@ -106,16 +109,17 @@ def add_command(
             arguments["config"],
             hidden=hidden,
             shared=shared,
-            fallback={"model": Given("", "not set")} if only_print else None,
+            fallback={"model": Given("", "not set")} if only_print and "model" in fields else None,
         )
         if only_print:
             with told_os_errors():
                 print(settings.table(hidden), flush=True)
             return 0
-        return run(settings.config, arguments["pull"])
+        return run(settings.config, arguments.get("pull", False))
 
     parameters = [_parameter(name, field) for name, field in fields.items()]
-    _set_parameters(command, [p for p in parameters if p is not None])
+    pull = [_PULL] if "model" in fields else []
+    _set_parameters(command, [*(p for p in parameters if p is not None), *_COMMON, *pull])
     app.command(name, help=help, epilog=_epilog(fields))(command)
 
 
@@ -138,7 +142,7 @@ def _set_parameters(command: Callable[..., int], parameters: Collection[inspect.
     context = inspect.Parameter(
         "context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
     )
-    signature = inspect.Signature([context, *parameters, *_COMMON])
+    signature = inspect.Signature([context, *parameters])
     command.__signature__ = signature  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
 

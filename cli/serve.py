@@ -22,6 +22,8 @@ from grpc_health.v1.health_pb2_grpc import HealthStub
 from pydantic import BaseModel
 
 from mili.cli.errors import CommandError
+from mili.cli.http_config import HttpConfig
+from mili.cli.http_front import check_packages
 from mili.cli.serve_config import ServeConfig
 from mili.cli.settings import to_environment, without_settings
 from mili.cli.supervisor import Child, Patience, Supervisor
@@ -38,6 +40,8 @@ _LONGEST_SOCKET_PATH = 107
 _SPIN_COUNT = "10000"
 # Seconds for a child to end; a trace takes a while to be written.
 _GRACE, _GRACE_WITH_TRACE = 5.0, 60.0
+# Addresses to listen on, and where this machine reaches them.
+_WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 def serve(config: ServeConfig) -> int:
@@ -58,11 +62,14 @@ def serve(config: ServeConfig) -> int:
         router = router_config(config, f"ipc://{link}")
         free_port("port", router.host, router.port)
         free_port("admin_port", router.admin_host, router.admin_port)
+        front = front_config(config, router)
         workers = worker_configs(config, f"ipc://{link}")
-        return asyncio.run(_serve(router, workers))
+        return asyncio.run(_serve(router, workers, front))
 
 
-async def _serve(router: RouterConfig, workers: list[WorkerConfig]) -> int:
+async def _serve(
+    router: RouterConfig, workers: list[WorkerConfig], front: HttpConfig | None
+) -> int:
     profiled = any(worker.profile for worker in workers)
     router_child = _child("router", "router", router, {})
     supervisor = Supervisor(
@@ -72,8 +79,11 @@ async def _serve(router: RouterConfig, workers: list[WorkerConfig]) -> int:
             for number, worker in enumerate(workers)
         ],
         Patience(drain=router.drain_timeout, grace=_GRACE_WITH_TRACE if profiled else _GRACE),
+        [] if front is None else [_child("http", "http", front, {})],
     )
-    announcement = asyncio.create_task(_announce(router, len(workers), lambda: router_child.alive))
+    announcement = asyncio.create_task(
+        _announce(router, len(workers), lambda: router_child.alive, front)
+    )
     try:
         return await supervisor.run()
     finally:
@@ -92,6 +102,17 @@ def router_config(config: ServeConfig, link: str) -> RouterConfig:
             "admin_port": config.admin_port or free_port("admin_port", config.admin_host),
         }
     )
+
+
+def front_config(config: ServeConfig, router: RouterConfig) -> HttpConfig | None:
+    """Return the HTTP front's settings, None for no front. CommandError for a port it cannot have,
+    or without the packages that it needs."""
+    if not config.http_port:
+        return None
+    check_packages()
+    free_port("http_port", config.http_host, config.http_port)
+    shared = config.model_dump(include=set(HttpConfig.model_fields))
+    return HttpConfig.model_validate(shared | {"address": _reachable(router.host, router.port)})
 
 
 def worker_configs(config: ServeConfig, link: str) -> list[WorkerConfig]:
@@ -171,7 +192,12 @@ def free_port(setting: str, host: str, port: int = 0) -> int:
     return found
 
 
-async def _announce(router: RouterConfig, workers: int, alive: Callable[[], bool]) -> None:
+async def _announce(
+    router: RouterConfig,
+    workers: int,
+    alive: Callable[[], bool],
+    front: HttpConfig | None = None,
+) -> None:
     """Print one line when the API answers, for people and for scripts that wait for it.
 
     alive: whether our router runs, for without it somebody else answers.
@@ -193,8 +219,21 @@ async def _announce(router: RouterConfig, workers: int, alive: Callable[[], bool
             await asyncio.sleep(0.2)
     name = answer.workers[0].model
     plural = "worker" if workers == 1 else "workers"
-    where = f"{_bracketed(router.host)}:{router.port}"
-    print(f"ready: grpc on {where}, model {name}, {workers} {plural}", flush=True)
+    where = f"grpc on {_bracketed(router.host)}:{router.port}"
+    if front is not None:
+        await _listening(front)
+        where += f", http on {_bracketed(front.http_host)}:{front.http_port}"
+    print(f"ready: {where}, model {name}, {workers} {plural}", flush=True)
+
+
+async def _listening(front: HttpConfig) -> None:
+    host = _WILDCARDS.get(front.http_host, front.http_host)
+    while True:
+        with contextlib.suppress(OSError):
+            _, writer = await asyncio.open_connection(host, front.http_port)
+            writer.close()
+            return
+        await asyncio.sleep(0.1)
 
 
 async def _serving(channel: grpc.aio.Channel) -> None:
@@ -207,8 +246,7 @@ async def _serving(channel: grpc.aio.Channel) -> None:
 
 def _reachable(host: str, port: int) -> str:
     """Where this machine reaches a listener: a wildcard address is none to connect to."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"{_bracketed(host)}:{port}"
+    return f"{_bracketed(_WILDCARDS.get(host, host))}:{port}"
 
 
 def _bracketed(host: str) -> str:

@@ -77,11 +77,21 @@ class Child:
 
 
 class Supervisor:
-    """Keeps one router and its workers running until a signal, or until there is no point."""
+    """Keeps one router and its workers running until a signal, or until there is no point.
 
-    def __init__(self, router: Child, workers: Sequence[Child], patience: Patience) -> None:
+    fronts: processes that take requests for the router. They end together with it.
+    """
+
+    def __init__(
+        self,
+        router: Child,
+        workers: Sequence[Child],
+        patience: Patience,
+        fronts: Sequence[Child] = (),
+    ) -> None:
         self._router = router
         self._workers = workers
+        self._fronts = fronts
         self._patience = patience
         self._stopping = asyncio.Event()
         # The exit code of `mili serve` when it ends without having been asked to.
@@ -96,10 +106,12 @@ class Supervisor:
         # Asks for a recording: the router's to write.
         loop.add_signal_handler(signal.SIGUSR1, self._router.send, signal.SIGUSR1)
         async with asyncio.TaskGroup() as tasks:
-            for child in (self._router, *self._workers):
+            for child in self._children:
                 self._keepers[child] = tasks.create_task(self._keep(child))
             await self._stopping.wait()
-            clean = await self._end([self._router], self._patience.drain + self._patience.grace)
+            clean = await self._end(
+                [*self._fronts, self._router], self._patience.drain + self._patience.grace
+            )
             clean &= await self._end(self._workers, self._patience.grace)
         return self._failure or (ExitCode.CLEAN if clean else ExitCode.CRASH)
 
@@ -109,8 +121,12 @@ class Supervisor:
             self._stopping.set()
             return
         log.warning("killing every process", signal=number.name)
-        for child in (self._router, *self._workers):
+        for child in self._children:
             child.send(signal.SIGKILL)
+
+    @property
+    def _children(self) -> Sequence[Child]:
+        return (self._router, *self._fronts, *self._workers)
 
     async def _keep(self, child: Child) -> None:
         """Keep one child running, until its end is final."""
@@ -139,7 +155,7 @@ class Supervisor:
     def _give_up_on(self, child: Child, exit_code: int) -> None:
         """Stop everything when what is left cannot serve."""
         others = [w for w in self._workers if w is not child and w.exit_code not in _FINAL]
-        if child is self._router or not others:
+        if child not in self._workers or not others:
             self._failure = exit_code
             self._stopping.set()
 

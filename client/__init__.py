@@ -5,7 +5,7 @@ with Client("localhost:50051") as client:
         print(text, end="", flush=True)
 """
 
-from mili.client.aio import AsyncClient, AsyncTextStream
+from mili.client.aio import AsyncClient
 from mili.client.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -17,9 +17,19 @@ from mili.client.errors import (
     ServerError,
     Unavailable,
 )
-from mili.client.requests import Message, Options
-from mili.client.results import Generation, Timing, Usage
-from mili.client.sync import Client, TextStream
+from mili.client.options import Message, Options, StreamOptions, Tool, ToolCall
+from mili.client.results import (
+    Embeddings,
+    Generation,
+    Score,
+    Scores,
+    Sequence,
+    Timing,
+    TokenLogprob,
+    Usage,
+)
+from mili.client.streams import AsyncTextStream, TextStream
+from mili.client.sync import Client
 
 __all__ = [
     "AsyncClient",
@@ -27,6 +37,7 @@ __all__ = [
     "Cancelled",
     "Client",
     "DeadlineExceeded",
+    "Embeddings",
     "Generation",
     "InvalidRequest",
     "Message",
@@ -35,9 +46,16 @@ __all__ = [
     "NotFound",
     "Options",
     "Overloaded",
+    "Score",
+    "Scores",
+    "Sequence",
     "ServerError",
+    "StreamOptions",
     "TextStream",
     "Timing",
+    "TokenLogprob",
+    "Tool",
+    "ToolCall",
     "Unavailable",
     "Usage",
 ]

@@ -1,75 +1,44 @@
 """The client for asyncio: the same calls as sync.py, awaited.
 
-Owns the channel. What goes over it is made in requests.py and read in results.py.
+Owns the channel. What goes over it is made in requests.py and read in responses.py; streams.py
+reads streams.
 """
 # ruff: noqa: ASYNC109  (a timeout is gRPC's deadline here, which the server is told)
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Sequence
+import copy
+import time
+from collections.abc import Callable, Sequence
 from typing import Self, TypeVar, Unpack
 
 import grpc
 
-from mili.client.channel import OPTIONS, authorization
-from mili.client.errors import Cancelled, translated_errors
-from mili.client.requests import Message, Options, Prompt, build_chat, build_generation
-from mili.client.results import Generation, PartialGeneration, RenderedChat, from_response
-from mili.v1 import inference_pb2, model_pb2
+from mili.client.channel import authorization, channel_options
+from mili.client.errors import translated_errors
+from mili.client.options import ChatOptions, Delivery, Message, Options, Prompt, StreamOptions
+from mili.client.requests import (
+    build_chat,
+    build_delivery,
+    build_generation,
+    build_inputs,
+    build_stream_request,
+    response_model,
+)
+from mili.client.responses import from_embed_response, from_response, from_score_response
+from mili.client.results import Embeddings, Generation, RenderedChat, Scores
+from mili.client.resume import Resumption
+from mili.client.streams import AsyncTextStream
+from mili.v1 import embedding_pb2, inference_pb2, model_pb2
+from mili.v1.embedding_pb2_grpc import EmbeddingServiceStub
 from mili.v1.inference_pb2_grpc import InferenceServiceStub
 from mili.v1.model_pb2_grpc import ModelServiceStub, TokenizerServiceStub
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
-_StreamCall = grpc.aio.UnaryStreamCall[
-    inference_pb2.GenerateStreamRequest, inference_pb2.GenerateStreamResponse
+_AttachCall = grpc.aio.UnaryStreamCall[
+    inference_pb2.AttachStreamRequest, inference_pb2.AttachStreamResponse
 ]
-
-
-class AsyncTextStream(PartialGeneration):
-    """Text as it is generated: iterate over it with `async for`.
-
-    Leaving the loop early, `close`, cancelling the task, and the end of an `async with` block
-    cancel the generation. After the last piece, `finish_reason`, `usage` and the whole
-    `generation` are there.
-    """
-
-    def __init__(self, call: _StreamCall) -> None:
-        super().__init__()
-        self._call = call
-        self._closed = False
-
-    async def __aiter__(self) -> AsyncIterator[str]:
-        async for event in self.events():
-            if event.delta.text:
-                yield event.delta.text
-
-    async def events(self) -> AsyncIterator[inference_pb2.StreamEvent]:
-        """The events themselves, for callers that want token ids or times beside the text."""
-        try:
-            with translated_errors():
-                async for response in self._call:
-                    self.push(response.event)
-                    yield response.event
-            self.check_finished()
-        except asyncio.CancelledError:
-            # gRPC raises this also where another task closed the stream, and this one lives on.
-            if self._closed:
-                raise Cancelled(grpc.StatusCode.CANCELLED, "the stream was closed") from None
-            raise
-        finally:
-            self.close()
-
-    def close(self) -> None:
-        self._closed = True
-        self._call.cancel()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self.close()
 
 
 class AsyncClient:
@@ -77,7 +46,8 @@ class AsyncClient:
 
     address: "host:port". timeout: seconds that a call may take, unless the call says otherwise;
     None for no limit. token: a tenant's bearer token, where the server wants one.
-    credentials: for TLS, as from grpc.ssl_channel_credentials().
+    credentials: for TLS, as from grpc.ssl_channel_credentials(). retries: try again, a few times
+    and as late as the server says, where nothing was generated yet.
     Every call raises MiliError.
     """
 
@@ -88,16 +58,19 @@ class AsyncClient:
         timeout: float | None = None,
         token: str | None = None,
         credentials: grpc.ChannelCredentials | None = None,
+        retries: bool = True,
     ) -> None:
+        options = channel_options(retries)
         self._timeout = timeout
         self._metadata = authorization(token)
         if credentials is None:
-            self._channel = grpc.aio.insecure_channel(address, OPTIONS)
+            self._channel = grpc.aio.insecure_channel(address, options)
         else:
-            self._channel = grpc.aio.secure_channel(address, credentials, OPTIONS)
+            self._channel = grpc.aio.secure_channel(address, credentials, options)
         self._inference = InferenceServiceStub(self._channel)
         self._models = ModelServiceStub(self._channel)
         self._tokenizer = TokenizerServiceStub(self._channel)
+        self._embedding = EmbeddingServiceStub(self._channel)
 
     async def close(self) -> None:
         """Cancel what is under way."""
@@ -121,7 +94,8 @@ class AsyncClient:
         request = inference_pb2.GenerateRequest(
             request_id=request_id, generation=build_generation(prompt, options)
         )
-        return from_response(await self._call(self._inference.Generate, request, timeout))
+        response = await self._call(self._inference.Generate, request, timeout)
+        return from_response(response, response_model(options))
 
     def stream(
         self,
@@ -129,27 +103,81 @@ class AsyncClient:
         *,
         request_id: str = "",
         timeout: float | None = None,
-        **options: Unpack[Options],
+        **options: Unpack[StreamOptions],
     ) -> AsyncTextStream:
         """Like `generate`, but text comes as it is made. Errors come with the first piece."""
-        request = inference_pb2.GenerateStreamRequest(
-            request_id=request_id, generation=build_generation(prompt, options)
-        )
+        request = build_stream_request(prompt, options, request_id)
+        start = self._inference.GenerateStream
+        deadline = self._deadline(timeout)
         return AsyncTextStream(
-            self._inference.GenerateStream(
-                request, timeout=self._deadline(timeout), metadata=self._metadata
-            )
+            start(request, timeout=deadline, metadata=self._metadata),
+            self._attacher(deadline),
+            Resumption(options.get("resume_window"), request.stream_options),
+            response_model(options),
         )
+
+    def attach(
+        self,
+        resume_token: str,
+        *,
+        after_sequence: int = 0,
+        timeout: float | None = None,
+        **options: Unpack[Delivery],
+    ) -> AsyncTextStream:
+        """Go on with the stream of an earlier call, perhaps another process's, that had a
+        resume_window: the events after number after_sequence. What is folded from them lacks what
+        came before."""
+        delivery = build_delivery(options)
+        resumption = Resumption(
+            options.get("resume_window"), delivery, resume_token, after_sequence
+        )
+        attach = self._attacher(self._deadline(timeout))
+        return AsyncTextStream(attach(resumption.request()), attach, resumption)
 
     async def cancel(self, request_id: str) -> bool:
         """End another call's generation; False if it had already ended."""
         request = inference_pb2.CancelGenerationRequest(request_id=request_id)
         return (await self._call(self._inference.CancelGeneration, request)).cancelled
 
+    async def embed(
+        self,
+        inputs: Sequence[Prompt],
+        *,
+        model: str = "",
+        dimensions: int | None = None,
+        normalize: bool | None = None,
+        timeout: float | None = None,
+    ) -> Embeddings:
+        """A vector for each text (or list of token ids); dimensions: only the first so many."""
+        request = embedding_pb2.EmbedRequest(
+            model=model, inputs=build_inputs(inputs), normalize=normalize, dimensions=dimensions
+        )
+        return from_embed_response(await self._call(self._embedding.Embed, request, timeout))
+
+    async def score(
+        self,
+        context: Prompt,
+        continuations: Sequence[Prompt],
+        *,
+        model: str = "",
+        timeout: float | None = None,
+    ) -> Scores:
+        """How likely the model finds each continuation after the context."""
+        (start,) = build_inputs([context])
+        request = embedding_pb2.ScoreRequest(
+            model=model, context=start, continuations=build_inputs(continuations)
+        )
+        return from_score_response(await self._call(self._embedding.Score, request, timeout))
+
     async def models(self) -> list[model_pb2.Model]:
         """What is served, and with which limits."""
         request = model_pb2.ListModelsRequest()
         return list((await self._call(self._models.ListModels, request)).models)
+
+    async def model(self, name: str) -> model_pb2.Model:
+        """The model of a name, or of another name of it."""
+        request = model_pb2.GetModelRequest(name=name)
+        return (await self._call(self._models.GetModel, request)).model
 
     async def tokenize(self, texts: Sequence[str], *, model: str = "") -> list[list[int]]:
         request = model_pb2.TokenizeRequest(model=model, texts=texts)
@@ -162,11 +190,21 @@ class AsyncClient:
         )
         return list((await self._call(self._tokenizer.Detokenize, request)).texts)
 
-    async def render_chat(self, messages: Sequence[Message], *, model: str = "") -> RenderedChat:
+    async def render_chat(
+        self, messages: Sequence[Message], **options: Unpack[ChatOptions]
+    ) -> RenderedChat:
         """Apply the model's chat template without generating."""
-        request = model_pb2.RenderChatRequest(model=model, chat=build_chat(messages, None))
+        request = model_pb2.RenderChatRequest(
+            model=options.get("model", ""), chat=build_chat(messages, options)
+        )
         response = await self._call(self._tokenizer.RenderChat, request)
         return RenderedChat(response.text, tuple(response.token_ids))
+
+    def with_token(self, token: str | None) -> Self:
+        """The same connection for another tenant; close only one of the two."""
+        other = copy.copy(self)
+        other._metadata = authorization(token)
+        return other
 
     async def _call(
         self,
@@ -176,6 +214,18 @@ class AsyncClient:
     ) -> _Response:
         with translated_errors():
             return await method(request, timeout=self._deadline(timeout), metadata=self._metadata)
+
+    def _attacher(
+        self, deadline: float | None
+    ) -> Callable[[inference_pb2.AttachStreamRequest], _AttachCall]:
+        """Return a call of AttachStream that ends within `deadline` seconds from now."""
+        end = None if deadline is None else time.monotonic() + deadline
+
+        def attach(request: inference_pb2.AttachStreamRequest) -> _AttachCall:
+            left = None if end is None else max(0.0, end - time.monotonic())
+            return self._inference.AttachStream(request, timeout=left, metadata=self._metadata)
+
+        return attach
 
     def _deadline(self, timeout: float | None) -> float | None:
         return self._timeout if timeout is None else timeout

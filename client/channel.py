@@ -26,7 +26,7 @@ _SERVICE_CONFIG = {
     ]
 }
 
-OPTIONS: tuple[tuple[str, str | int], ...] = (
+_OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # A silent server is noticed in 30 s, also by a call that has waited for its turn all the time.
@@ -35,12 +35,18 @@ OPTIONS: tuple[tuple[str, str | int], ...] = (
     ("grpc.http2.ping_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
     # What does not fit here is never retried; the default is 256 KiB.
     ("grpc.per_rpc_retry_buffer_size", 2 * MAX_MESSAGE_BYTES),
 )
 
+_RETRIES = (("grpc.service_config", json.dumps(_SERVICE_CONFIG)),)
+_NO_RETRIES = (("grpc.enable_retries", 0),)
+
 Metadata = tuple[tuple[str, str], ...]
+
+
+def channel_options(retries: bool) -> tuple[tuple[str, str | int], ...]:
+    return _OPTIONS + (_RETRIES if retries else _NO_RETRIES)
 
 
 def authorization(token: str | None) -> Metadata:

@@ -1,17 +1,17 @@
-"""Response messages in, Python values out.
+"""What a caller gets to see: values without a message in them.
 
-Owns the folding of a stream's events into one result. Does not know how messages travel.
+responses.py makes them of messages, and partial.py of a stream's.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import grpc
-from google.protobuf.duration_pb2 import Duration
+from mili.client.errors import MiliError
+from mili.client.options import ToolCall
 
-from mili.client.errors import ServerError, from_message
-from mili.v1 import inference_pb2 as pb
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 
 class Usage(NamedTuple):
@@ -21,6 +21,7 @@ class Usage(NamedTuple):
     cached_prompt_tokens: int
     completion_tokens: int
     recomputed_tokens: int
+    reasoning_tokens: int = 0
 
 
 class Timing(NamedTuple):
@@ -36,24 +37,101 @@ class Timing(NamedTuple):
     worker: str
 
 
-class Generation(NamedTuple):
-    """A finished generation.
+class TokenLogprob(NamedTuple):
+    """A token and its log-probability, None for the first of a prompt.
+
+    token: its bytes, which can be a part of a character; empty for a prompt's. rank: 1 is the
+    likeliest. top: the likeliest tokens in its place.
+    """
+
+    token_id: int
+    token: bytes
+    logprob: float | None
+    rank: int
+    top: tuple[TokenLogprob, ...] = ()
+
+
+class Sequence(NamedTuple):
+    """One answer. error: why it failed, alone of its siblings; its text is then cut.
 
     finish_reason: "eos", "stop_sequence", "stop_token", "max_tokens", "context_length",
-    "time_limit" or "cancelled". matched: the stop sequence or stop token id that ended it, if one
-    did. token_ids holds every generated token, also one that ended the text and is not part of it.
+    "time_limit", "tool_calls", "cancelled" or "error". matched: the stop sequence or stop token id
+    that ended it, if one did. token_ids holds every generated token, also one that ended the text
+    and is not part of it.
     """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: str
     matched: str | int | None
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    error: MiliError | None = None
+
+
+class Generation(NamedTuple):
+    """A finished generation. What is read from it directly is its first sequence's.
+
+    prompt_logprobs: of the prompt's positions, in order, as far as they were computed.
+    response_model: the pydantic model that was asked for as response_format.
+    """
+
+    sequences: tuple[Sequence, ...]
     usage: Usage
     timing: Timing
     seed: int
     model: str
     model_revision: str
     request_id: str
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    response_model: type[BaseModel] | None = None
+
+    @property
+    def first(self) -> Sequence:
+        """Raises MiliError if the first sequence failed, and others did not."""
+        if self.sequences[0].error is not None:
+            raise self.sequences[0].error
+        return self.sequences[0]
+
+    @property
+    def text(self) -> str:
+        return self.first.text
+
+    @property
+    def reasoning(self) -> str:
+        return self.first.reasoning
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        return self.first.tool_calls
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return self.first.token_ids
+
+    @property
+    def logprobs(self) -> tuple[TokenLogprob, ...]:
+        return self.first.logprobs
+
+    @property
+    def finish_reason(self) -> str:
+        return self.first.finish_reason
+
+    @property
+    def matched(self) -> str | int | None:
+        return self.first.matched
+
+    @property
+    def parsed(self) -> Any:  # noqa: ANN401  (an instance of what the caller asked for)
+        """The text as an instance of the response_format, None where that is no pydantic model.
+
+        Raises pydantic.ValidationError, which is a ValueError, for a text that is not whole, as
+        when max_tokens ended it.
+        """
+        if self.response_model is None:
+            return None
+        return self.response_model.model_validate_json(self.text)
 
 
 class RenderedChat(NamedTuple):
@@ -63,121 +141,23 @@ class RenderedChat(NamedTuple):
     token_ids: tuple[int, ...]
 
 
-class PartialGeneration:
-    """A generation while its events arrive."""
+class Embeddings(NamedTuple):
+    """A vector for each input, in their order."""
 
-    def __init__(self) -> None:
-        self._started = pb.Started()
-        self._finished: pb.Finished | None = None
-        self._texts: list[str] = []
-        self._token_ids: list[int] = []
-
-    def push(self, event: pb.StreamEvent) -> None:
-        """Take the next event. Raises MiliError for the event that says so."""
-        match event.WhichOneof("event"):
-            case "started":
-                self._started = event.started
-            case "delta":
-                self._texts.append(event.delta.text)
-                self._token_ids.extend(event.delta.token_ids)
-            case "finished":
-                _raise_failure(event.finished.finish_reason, event.finished.error)
-                self._finished = event.finished
-
-    def check_finished(self) -> None:
-        """No more events come. Raises ServerError for a text without its end."""
-        if self._finished is None:
-            raise ServerError(grpc.StatusCode.INTERNAL, "the stream ended without a result")
-
-    @property
-    def generation(self) -> Generation:
-        """The whole result. Raises RuntimeError until the stream has been read to its end."""
-        if self._finished is None:
-            raise RuntimeError("the stream has not been read to its end")
-        return Generation(
-            text="".join(self._texts),
-            token_ids=tuple(self._token_ids),
-            finish_reason=_reason_name(self._finished.finish_reason),
-            matched=_matched(self._finished),
-            usage=_usage(self._finished.usage),
-            timing=_timing(self._finished.timing),
-            seed=self._started.seed,
-            model=self._started.model,
-            model_revision=self._started.model_revision,
-            request_id=self._started.request_id,
-        )
-
-    @property
-    def request_id(self) -> str:
-        """What `cancel` takes; empty until the first event."""
-        return self._started.request_id
-
-    @property
-    def finish_reason(self) -> str:
-        return self.generation.finish_reason
-
-    @property
-    def usage(self) -> Usage:
-        return self.generation.usage
+    vectors: tuple[tuple[float, ...], ...]
+    usage: Usage
 
 
-def from_response(response: pb.GenerateResponse) -> Generation:
-    """Raises MiliError if the sequence failed."""
-    (sequence,) = response.sequences
-    _raise_failure(sequence.finish_reason, sequence.error)
-    return Generation(
-        text=sequence.text,
-        token_ids=tuple(sequence.token_ids),
-        finish_reason=_reason_name(sequence.finish_reason),
-        matched=_matched(sequence),
-        usage=_usage(response.usage),
-        timing=_timing(response.timing),
-        seed=response.seed,
-        model=response.model,
-        model_revision=response.model_revision,
-        request_id=response.request_id,
-    )
+class Score(NamedTuple):
+    """logprob: of the whole continuation. is_greedy: temperature 0 would have given just it."""
+
+    logprob: float
+    num_tokens: int
+    is_greedy: bool
 
 
-def _raise_failure(reason: pb.FinishReason.ValueType, error: pb.Error) -> None:
-    if reason == pb.FINISH_REASON_ERROR:
-        raise from_message(error)
+class Scores(NamedTuple):
+    """A score for each continuation, in their order."""
 
-
-def _reason_name(reason: pb.FinishReason.ValueType) -> str:
-    return pb.FinishReason.Name(reason).removeprefix("FINISH_REASON_").lower()
-
-
-def _matched(message: pb.Finished | pb.GeneratedSequence) -> str | int | None:
-    match message.WhichOneof("matched"):
-        case "stop_sequence":
-            return message.stop_sequence
-        case "stop_token_id":
-            return message.stop_token_id
-    return None
-
-
-def _usage(usage: pb.Usage) -> Usage:
-    return Usage(
-        prompt_tokens=usage.prompt_tokens,
-        cached_prompt_tokens=usage.cached_prompt_tokens,
-        completion_tokens=usage.completion_tokens,
-        recomputed_tokens=usage.recomputed_tokens,
-    )
-
-
-def _timing(timing: pb.Timing) -> Timing:
-    return Timing(
-        queue=_seconds(timing.queue),
-        prefill=_seconds(timing.prefill),
-        time_to_first_token=_seconds(timing.time_to_first_token),
-        decode=_seconds(timing.decode),
-        total=_seconds(timing.total),
-        preemptions=timing.preemptions,
-        recoveries=timing.recoveries,
-        worker=timing.worker,
-    )
-
-
-def _seconds(duration: Duration) -> float:
-    return duration.ToTimedelta().total_seconds()
+    scores: tuple[Score, ...]
+    usage: Usage

@@ -24,7 +24,7 @@ STEADY = {"MILI_DTYPE": "float32", "MILI_NUM_THREADS": "1"}
 
 
 class Served:
-    """A running `mili serve`. `log` is its stderr, `address` and `admin` are host:port."""
+    """A running `mili serve`. `log` is its stderr; `address`, `admin` and `http` are host:port."""
 
     def __init__(self, process: subprocess.Popen[str], log: Path, admin_port: int) -> None:
         self.process = process
@@ -33,7 +33,9 @@ class Served:
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line.startswith("ready: "), f"mili serve did not get ready:\n{log.read_text()}"
-        self.address = line.split()[3].rstrip(",")
+        words = line.split()
+        self.address = words[3].rstrip(",")
+        self.http = words[6].rstrip(",") if words[4] == "http" else ""
 
     def children(self, command: str) -> list[psutil.Process]:
         """The child processes that run `mili COMMAND`, as in "worker"."""

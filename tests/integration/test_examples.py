@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mili.hub.pull import pull
-from tests.serving import MILI, STEADY, Served, serving
+from tests.serving import MILI, STEADY, Served, free_port, serving
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 QUESTION = "Explain in two sentences why the sky is blue."
@@ -21,7 +21,8 @@ QUESTION = "Explain in two sentences why the sky is blue."
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     pull("smollm2-135m")
     log = tmp_path_factory.mktemp("examples") / "log"
-    with serving("smollm2-135m", log, **STEADY) as served:
+    front = ("--http-port", str(free_port()))
+    with serving("smollm2-135m", log, *front, **STEADY) as served:
         yield served
 
 
@@ -56,6 +57,12 @@ def test_streaming_response(served: Served) -> None:
     assert len(" ".join(answer).split()) > 5
     assert " tokens, ended by " in ending
     assert first.startswith("first text after ")
+
+
+def test_openai_chat(served: Served) -> None:
+    url = f"http://{served.http}/v1"
+    answer = run(sys.executable, EXAMPLES / "openai_chat.py", "--url", url)
+    assert answer == ["The capital of France is Paris."]
 
 
 def test_generate(served: Served) -> None:

@@ -33,11 +33,13 @@ if terminal:
 set_up_logging("serve", "info", "json")
 
 async def main():
-    router, *workers = [
+    router, *others = [
         Child(name, [sys.executable, "-c", code], {**os.environ, "CHILD": name})
         for name, code in children.items()
     ]
-    return await Supervisor(router, workers, Patience(**patience)).run()
+    fronts = [child for child in others if child.name == "http"]
+    workers = [child for child in others if child not in fronts]
+    return await Supervisor(router, workers, Patience(**patience), fronts).run()
 
 sys.exit(asyncio.run(main()))
 """
@@ -241,6 +243,24 @@ def test_a_drain_ends_the_router_before_the_workers(serve: Serve, number: signal
         ("worker-0", "SIGTERM"),
         ("worker-0", "ended"),
     ]
+
+
+def test_a_front_is_restarted_and_drains_beside_the_router(serve: Serve) -> None:
+    serve.start({"router": OBEDIENT, "http": OBEDIENT, "worker-0": OBEDIENT}, first_delay=0.01)
+    pids = serve.wait_started("router", "http", "worker-0")
+    os.kill(pids["http"], signal.SIGKILL)
+    serve.wait_started("http")
+    serve.process.terminate()
+    assert serve.process.wait(10) == 0
+    events = serve.rest_of_events()
+    assert sorted(events[:2]) == [("http", "SIGTERM"), ("router", "SIGTERM")]
+    assert sorted(events[2:4]) == [("http", "ended"), ("router", "ended")]
+    assert events[4:] == [("worker-0", "SIGTERM"), ("worker-0", "ended")]
+
+
+def test_serve_ends_when_its_front_cannot_be_configured(serve: Serve) -> None:
+    serve.start({"router": OBEDIENT, "http": exits_with(2), "worker-0": OBEDIENT})
+    assert serve.process.wait(10) == 2
 
 
 def test_a_child_that_does_not_end_is_killed_and_the_exit_code_tells(serve: Serve) -> None:

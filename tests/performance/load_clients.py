@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Self
 
 import grpc
 
-from mili.client.channel import OPTIONS
+from mili.client.channel import channel_options
 from mili.client.requests import build_generation
 from mili.v1 import inference_pb2 as pb
 from mili.v1.inference_pb2_grpc import InferenceServiceStub
@@ -145,7 +145,7 @@ def _hear(process: subprocess.Popen[str]) -> str:
 
 
 async def _serve_jobs(address: str) -> None:
-    async with grpc.aio.insecure_channel(address, OPTIONS) as channel:
+    async with grpc.aio.insecure_channel(address, channel_options(retries=True)) as channel:
         stub = InferenceServiceStub(channel)
         while line := await asyncio.to_thread(sys.stdin.readline):
             requests = list(_requests(json.loads(line)))

@@ -13,9 +13,19 @@ import pytest
 
 from mili.cli import models
 from mili.cli.errors import CommandError
+from mili.cli.http_config import HttpConfig
+from mili.cli.http_front import check_packages
 from mili.cli.main import main
 from mili.cli.models import with_model_folder
-from mili.cli.serve import _child, _gpu, _resources, free_port, router_config, worker_configs
+from mili.cli.serve import (
+    _child,
+    _gpu,
+    _resources,
+    free_port,
+    front_config,
+    router_config,
+    worker_configs,
+)
 from mili.cli.serve_config import ServeConfig
 from mili.cli.settings import variable
 from mili.router.config import RouterConfig
@@ -101,6 +111,25 @@ def test_a_port_that_is_taken_and_a_host_that_is_none_are_named() -> None:
         free_port("admin_port", "nonsense.invalid")
 
 
+def test_the_http_front_is_off_unless_it_has_a_port() -> None:
+    router = router_config(config(host="0.0.0.0", port=7), LINK)
+    assert front_config(config(), router) is None
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(CommandError, match=f"http_port = {port}: .*another process"):
+            front_config(config(http_port=port), router)
+    front = front_config(config(http_port=port, drain_timeout=3), router)
+    assert front == HttpConfig(address="127.0.0.1:7", http_port=port, drain_timeout=3)
+
+
+def test_the_http_front_says_which_package_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("mili.client.http")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(CommandError, match="needs the package uvicorn"):
+        check_packages()
+
+
 def test_a_child_shows_the_settings_that_serve_gave_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """A variable that is set for serve must not reach a child behind its back."""
     monkeypatch.setenv("MILI_WORKER_LINK", "tcp://elsewhere:1")
@@ -153,7 +182,17 @@ def test_pull_is_used_only_for_what_is_missing(
 
 
 def test_start_up_imports_nothing_heavy() -> None:
-    heavy = ["torch", "grpc", "zmq", "numpy", "tokenizers", "structlog", "huggingface_hub"]
+    heavy = [
+        "torch",
+        "grpc",
+        "starlette",
+        "uvicorn",
+        "zmq",
+        "numpy",
+        "tokenizers",
+        "structlog",
+        "huggingface_hub",
+    ]
     code = f"import json, sys, mili.cli.main; print(json.dumps([*sys.modules.keys() & {heavy}]))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
     assert json.loads(shown.stdout) == []

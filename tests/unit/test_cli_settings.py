@@ -203,7 +203,7 @@ def test_every_setting_has_a_flag_or_is_listed_as_without() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["serve", "router", "worker", "pull", "generate", "chat", "keygen", "replay"]
+    "command", ["serve", "router", "worker", "http", "pull", "generate", "chat", "keygen", "replay"]
 )
 def test_help_describes_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0

@@ -10,7 +10,8 @@ import pytest
 from google.rpc import code_pb2, error_details_pb2
 
 from mili import client as mili_client
-from mili.client import AsyncClient, Client, MiliError
+from mili.client import AsyncClient, Client, MiliError, Score
+from mili.v1 import embedding_pb2
 from mili.v1 import inference_pb2 as pb
 from tests.scripted_server import (
     ScriptedServer,
@@ -86,6 +87,36 @@ def test_small_calls(client: Client) -> None:
     assert client.cancel("other") is False
     assert client.tokenize(["ab", ""]) == [[97, 98], []]
     assert client.detokenize([[97], [98, 99]]) == ["a", "bc"]
+
+
+def test_vectors_scores_and_models(server: ScriptedServer, client: Client) -> None:
+    result = client.embed(["abc", [1, 2]], model="m", dimensions=2, normalize=False)
+    assert (result.vectors, result.usage.prompt_tokens) == (((3.0, 0.5), (2.0, 0.5)), 9)
+    asked = embedding_pb2.EmbedRequest(
+        model="m",
+        inputs=[
+            embedding_pb2.EmbedInput(text="abc"),
+            embedding_pb2.EmbedInput(token_ids=pb.TokenIds(ids=[1, 2])),
+        ],
+        dimensions=2,
+        normalize=False,
+    )
+    assert server.requests == [asked]
+    assert client.score("a", [[1, 2, 3]]).scores == (Score(-0.5, 3, True),)
+    assert [model.name for model in client.models()] == ["m"]
+    assert client.model("other").name == "m"
+    with pytest.raises(mili_client.NotFound):
+        client.model("none")
+
+
+async def test_aio_vectors_scores_and_tenants(
+    server: ScriptedServer, aio_client: AsyncClient
+) -> None:
+    assert (await aio_client.embed(["abc"])).vectors == ((3.0, 0.5),)
+    tenant = aio_client.with_token("secret")
+    assert (await tenant.score("a", ["b"])).scores == (Score(-0.5, 0, True),)
+    assert (await aio_client.model("m")).name == "m"
+    assert server.tokens == ["", "Bearer secret", ""]
 
 
 # Errors.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.scripted_server import running_server
+from mili.v1 import inference_pb2 as pb
+from tests.scripted_server import delta, finished, running_server, started
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -32,3 +34,21 @@ def test_example(script: str, calls: int, expected: str) -> None:
         assert (done.returncode, done.stderr) == (0, "")
         assert expected in done.stdout
         assert server.calls == calls
+
+
+def test_structured_output() -> None:
+    country = {"name": "Norway", "capital": "Oslo", "continent": "Europe"}
+    with running_server() as server:
+        server.events = lambda _: iter([started(), delta(json.dumps(country)), finished()])
+        done = subprocess.run(
+            [sys.executable, EXAMPLES / "structured_output.py", "--address", server.address],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        (request,) = server.requests
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "Norway is in Europe; its capital is Oslo.\n"
+    assert isinstance(request, pb.GenerateRequest)
+    schema = json.loads(request.generation.structured_output.json_schema)
+    assert schema["properties"].keys() == country.keys()

@@ -28,11 +28,22 @@ MAY_IMPORT = {
 ONLY_IN = {
     ("router", "grpc"): ("api/", "main.py"),
     ("worker", "grpc"): ("health.py",),
+    ("client", "starlette"): ("http/",),
+    ("client", "uvicorn"): ("http/",),
     ("router", "zmq"): ("worker_link.py", "worker_keys.py"),
     ("worker", "zmq"): ("connection.py",),
 }
 NEVER = {
-    "router": {"torch", "cupy", "transformers", "numpy", "gguf", "safetensors"},
+    "router": {
+        "starlette",
+        "uvicorn",
+        "torch",
+        "cupy",
+        "transformers",
+        "numpy",
+        "gguf",
+        "safetensors",
+    },
     "hub": {"torch", "cupy", "transformers"},
     "client": {"torch", "numpy", "zmq"},
     "worker": {"transformers", "tokenizers"},
