@@ -21,8 +21,10 @@ _SUPPORTED = {
     "Generation": "model text token_ids chat sampling stopping output scheduling cache"
     " truncate_prompt_tokens add_special_tokens",
     "TokenIds": "ids",
-    "ChatPrompt": "messages template_variables_json",
-    "ChatMessage": "role content reasoning_content tool_call_id name",
+    "ChatPrompt": "messages tools template_variables_json continue_final_message",
+    "ChatMessage": "role content reasoning_content tool_calls tool_call_id name",
+    "ToolDefinition": "name description parameters_json_schema",
+    "ToolCall": "id name arguments_json",
     "SamplingParams": "temperature top_p top_k min_p repetition_penalty seed",
     "StopConditions": "max_tokens min_tokens stop_sequences stop_token_ids"
     " include_stop_text ignore_eos time_limit",
