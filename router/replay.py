@@ -59,6 +59,8 @@ class Ending:
     future: every token that the request is going to have.
     """
 
+    num_reasoning_tokens = 0
+
     def __init__(self, future: array[int]) -> None:
         self.stops = False
         self.future = future
@@ -66,7 +68,8 @@ class Ending:
     def push(self, token_id: int, *, may_stop: bool) -> str | None:
         return "" if self.stops else None
 
-    def finish(self) -> None: ...
+    def finish(self, finish: Finish) -> Finish:
+        return finish
 
     def take(self) -> str:
         return ""

@@ -17,6 +17,7 @@ from mili.internal.v1.step_pb2 import Sampling
 from mili.router.cache_memory import Miss
 from mili.router.errors import Reason, RequestError
 from mili.router.fair_share import OUTPUT_TOKEN_COST, Account
+from mili.router.parsed_text import Text
 
 
 class FinishReason(IntEnum):
@@ -28,6 +29,7 @@ class FinishReason(IntEnum):
     MAX_TOKENS = 4
     CONTEXT_LENGTH = 5
     TIME_LIMIT = 6
+    TOOL_CALLS = 7
     CANCELLED = 8
     ERROR = 9
 
@@ -82,22 +84,30 @@ class GenerationParams:
     include_stop_text: bool = False
     text: bool = True
     skip_special_tokens: bool = True
+    parse_reasoning: bool = False
+    parse_tool_calls: bool = False
     cache_namespace: bytes = b""
     cache_read: bool = True
     cache_write: bool = True
     scheduling: Scheduling = ORDINARY
 
+    @property
+    def is_parsed(self) -> bool:
+        return self.parse_reasoning or self.parse_tool_calls
+
 
 class TextOutput(Protocol):
-    """Tokens in, text out: detokenizing and stop sequences of one request."""
+    """Tokens in, text out: detokenizing, stop sequences and parsing of one request."""
+
+    num_reasoning_tokens: int
 
     def push(self, token_id: int, *, may_stop: bool) -> str | None:
         """Take the next token; return the stop sequence that it completed, if it did."""
 
-    def finish(self) -> None:
-        """No more tokens come: release the text that was held back."""
+    def finish(self, finish: Finish) -> Finish:
+        """No more tokens come: release the text that was held back; return how it ended."""
 
-    def take(self) -> str:
+    def take(self) -> Text:
         """Return the text that became certain since the last call."""
 
 
@@ -106,7 +116,7 @@ class RequestOutput(NamedTuple):
 
     request_id: str
     token_ids: tuple[int, ...] = ()
-    text: str = ""
+    text: Text = ""
     # Index of the first of token_ids in the output, from 0.
     first_token_index: int = 0
     # Set once, when the request was admitted for the first time.
@@ -125,6 +135,8 @@ class Usage(NamedTuple):
     cached_prompt_tokens: int
     completion_tokens: int
     recomputed_tokens: int
+    # Of requests whose output is parsed.
+    reasoning_tokens: int = 0
 
 
 class Timing(NamedTuple):
@@ -270,6 +282,7 @@ class Request:
             self.num_cached_prompt_tokens,
             self.num_output_tokens,
             self.num_recomputed,
+            self.text.num_reasoning_tokens if self.text else 0,
         )
 
     def timing(self, now: float) -> Timing:
@@ -310,9 +323,7 @@ class Request:
     def end(self, finish: Finish) -> None:
         """Nothing more is generated; the text that was held back is released."""
         assert self.finish is None
-        self.finish = finish
-        if self.text:
-            self.text.finish()
+        self.finish = self.text.finish(finish) if self.text else finish
 
     def fail(self, reason: Reason, message: str, retry_after: float | None = None) -> None:
         error = RequestError(reason, message, retry_after=retry_after)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from mili.internal.v1.step_pb2 import Sampling, StepResult
 from mili.router.errors import Reason
 from mili.router.kv_cache import CacheSettings
-from mili.router.request import FinishReason, GenerationParams, Scheduling
+from mili.router.request import Finish, FinishReason, GenerationParams, Scheduling
 from tests.fake_worker import EOS, FakeModel, FakeWorker, seed_of
 
 LETTERS = "ab$"
@@ -21,6 +21,8 @@ LETTERS = "ab$"
 
 class FakeText:
     """Tokens as letters, and the naive way to find a stop string."""
+
+    num_reasoning_tokens = 0
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         self.stops = stops
@@ -31,8 +33,8 @@ class FakeText:
         ending = [stop for stop in self.stops if may_stop and self.all.endswith(stop)]
         return max(ending, key=len, default=None)
 
-    def finish(self) -> None:
-        pass
+    def finish(self, finish: Finish) -> Finish:
+        return finish
 
     def take(self) -> str:
         return ""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from mili.router.api.status import duration
 from mili.router.api.stream import Gathered
+from mili.router.api.texts import fill_text
 from mili.router.errors import Reason, RequestError
 from mili.router.request import Finish, FinishReason, Started, Timing, Usage
 from mili.v1 import inference_pb2 as pb
@@ -59,7 +60,8 @@ def whole_response(answering: Answering, gathered: Gathered) -> pb.GenerateRespo
     """Return the unary answer: all of the output at once."""
     assert gathered.finished is not None
     finish = check_finish(gathered.finished.finish)
-    sequence = pb.GeneratedSequence(text=gathered.text)
+    sequence = pb.GeneratedSequence()
+    fill_text(sequence, gathered.text)
     if answering.options.token_ids:
         sequence.token_ids.extend(gathered.token_ids)
     _fill_finish(sequence, finish)
@@ -92,7 +94,7 @@ def _fill_started(started: pb.Started, answering: Answering, admitted: Started) 
 
 
 def _fill_delta(delta: pb.Delta, options: pb.OutputOptions, gathered: Gathered) -> None:
-    delta.text = gathered.text
+    fill_text(delta, gathered.text)
     if options.token_ids:
         delta.token_ids.extend(gathered.token_ids)
     delta.num_tokens = len(gathered.token_ids)

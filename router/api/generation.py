@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 from mili.hub.folder import ModelFolder
 from mili.internal.v1.step_pb2 import Sampling
+from mili.router.api.parsing import check_parsing
 from mili.router.errors import Reason, RequestError
+from mili.router.parsers.formats import Formats
 from mili.router.request import GenerationParams, Scheduling
 from mili.v1 import inference_pb2 as pb
 
@@ -30,6 +32,7 @@ class Defaults(NamedTuple):
     sampling: pb.SamplingParams
     eos_token_ids: frozenset[int]
     vocab_size: int
+    formats: Formats = Formats()
 
 
 def read_defaults(folder: ModelFolder) -> Defaults:
@@ -60,6 +63,7 @@ def check_generation(generation: pb.Generation, context_limit: int, defaults: De
     """Raise RequestError for a bad value, before any work that grows with the prompt."""
     _check_sampling(generation.sampling)
     _check_stopping(generation.stopping, defaults.vocab_size)
+    check_parsing(generation, defaults.formats)
     kind = generation.WhichOneof("prompt")
     _require(kind is not None, "generation.prompt", "is missing")
     _require(kind != "text" or bool(generation.text), "generation.text", "is empty")
@@ -119,6 +123,8 @@ def to_params(
         skip_special_tokens=(
             output.skip_special_tokens if output.HasField("skip_special_tokens") else True
         ),
+        parse_reasoning=output.parse_reasoning,
+        parse_tool_calls=output.parse_tool_calls,
         cache_namespace=cache_namespace,
         cache_read=not generation.cache.bypass_read,
         cache_write=not generation.cache.bypass_write,

@@ -10,6 +10,7 @@ import asyncio
 from typing import NamedTuple
 
 from mili.router.errors import RequestError
+from mili.router.parsed_text import Text, join
 from mili.router.request import (
     Finish,
     Finished,
@@ -28,7 +29,7 @@ class Gathered(NamedTuple):
     """What a stream received since it was last read."""
 
     started: Started | None
-    text: str
+    text: Text
     token_ids: list[int]
     first_token_index: int
     finished: Finished | None
@@ -48,7 +49,7 @@ class Stream:
         self.due = 0.0  # not woken before that time of the loop
         self.num_unread_characters = 0
         self._started: Started | None = None
-        self._texts: list[str] = []
+        self._texts: list[Text] = []
         self._token_ids: list[int] = []
         self._first_token_index = 0
         self._error: RequestError | None = None
@@ -106,7 +107,7 @@ class Stream:
         self._waiter = None
         gathered = Gathered(
             self._started,
-            "".join(self._texts),
+            join(self._texts),
             self._token_ids,
             self._first_token_index,
             self.finished,

@@ -28,7 +28,7 @@ _SUPPORTED = {
     "SamplingParams": "temperature top_p top_k min_p repetition_penalty seed",
     "StopConditions": "max_tokens min_tokens stop_sequences stop_token_ids"
     " include_stop_text ignore_eos time_limit",
-    "OutputOptions": "text token_ids skip_special_tokens timing",
+    "OutputOptions": "text token_ids skip_special_tokens parse_reasoning parse_tool_calls timing",
     "SchedulingHints": "priority max_queue_time session_id",
     "CacheOptions": "bypass_read bypass_write salt",
     "CancelGenerationRequest": "request_id",

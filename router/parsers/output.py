@@ -5,31 +5,10 @@ Owns in which order the parsers see the text. Does not know tokens or requests.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
+from mili.router.parsed_text import ParsedText
 from mili.router.parsers.formats import Formats
 from mili.router.parsers.reasoning import ReasoningSplitter, Split
-from mili.router.parsers.tool_calls import ToolCallParser, ToolCallPart
-
-
-@dataclass(frozen=True, slots=True)
-class ParsedText:
-    """A piece of an output, in its parts. len(): of all of it, in characters."""
-
-    content: str = ""
-    reasoning: str = ""
-    tool_calls: tuple[ToolCallPart, ...] = ()
-
-    def __len__(self) -> int:
-        calls = sum(len(part.arguments) + len(part.name) for part in self.tool_calls)
-        return len(self.content) + len(self.reasoning) + calls
-
-    def __add__(self, other: ParsedText) -> ParsedText:
-        return ParsedText(
-            self.content + other.content,
-            self.reasoning + other.reasoning,
-            self.tool_calls + other.tool_calls,
-        )
+from mili.router.parsers.tool_calls import ToolCallParser
 
 
 class OutputParser:

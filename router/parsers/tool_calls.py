@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Callable
 from typing import NamedTuple
 
+from mili.router.parsed_text import ToolCallPart
 from mili.router.parsers.calls import Call
 from mili.router.parsers.tags import MAX_SPACES, certain_length, find_first, without_breaks
 
@@ -26,18 +27,6 @@ class CallSyntax(NamedTuple):
     bare: bool
     closing: tuple[str, ...]
     make_call: Callable[[], Call]
-
-
-class ToolCallPart(NamedTuple):
-    """More of one call. id and name are set in its first part only.
-
-    arguments: a fragment of their JSON text.
-    """
-
-    position: int
-    id: str
-    name: str
-    arguments: str
 
 
 class ToolCallParser:

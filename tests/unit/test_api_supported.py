@@ -41,8 +41,15 @@ WORKING = {
     *(f"generation.stopping.{name}" for name in ("include_stop_text", "ignore_eos", "time_limit")),
     *(
         f"generation.output.{name}"
-        for name in ("text", "token_ids", "skip_special_tokens", "timing")
+        for name in (
+            "text",
+            "token_ids",
+            "skip_special_tokens",
+            "parse_reasoning",
+            "parse_tool_calls",
+        )
     ),
+    "generation.output.timing",
     *(f"generation.scheduling.{name}" for name in ("priority", "max_queue_time", "session_id")),
     *(f"generation.cache.{name}" for name in ("bypass_read", "bypass_write", "salt")),
 }

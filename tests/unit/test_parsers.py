@@ -299,6 +299,19 @@ def test_json_is_taken_to_its_end(value: object, ascii_only: bool, data: st.Data
         assert (reader.done and end == whole) or damage == "0"  # 0x is no number, but begins as one
 
 
+def test_arguments_are_told_as_they_are_written() -> None:
+    parser = OutputParser(
+        Formats(THINK, HERMES), reasoning=True, tool_calls=True, reasoning_open=False
+    )
+    told = []
+    for piece in ("Hm\n<tool_call>\n", '{"name": "f", "argu', 'ments": {"a', '": 1', "}", "}\n"):
+        parser.push(piece)
+        told.append(parser.take())
+    assert [part.content for part in told] == ["Hm", "", "", "", "", ""]
+    fragments = [[call.arguments for call in part.tool_calls] for part in told]
+    assert fragments == [[], [], ['{"a'], ['": 1'], ["}"], []]
+
+
 def test_parsing_is_linear() -> None:
     """A flood of what might become a tag costs no more than any other."""
     for flood in ("<tool_cal", "\n", " ", "<", '{"name":', "<think>\n", "</think", "<tool_call>{"):
