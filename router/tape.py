@@ -22,7 +22,14 @@ from mili.router.snapshot import Cell, Fields, Tokens, freeze
 MAX_TOKENS = 1 << 22
 
 # What a replay, which knows no text, has to be told.
-STOPPED = frozenset({FinishReason.EOS, FinishReason.STOP_SEQUENCE, FinishReason.STOP_TOKEN})
+STOPPED = frozenset(
+    {
+        FinishReason.EOS,
+        FinishReason.STOP_SEQUENCE,
+        FinishReason.STOP_TOKEN,
+        FinishReason.TOOL_CALLS,
+    }
+)
 
 
 class Taped(Protocol):
