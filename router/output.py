@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from mili.router.parsed_text import ParsedText
 from mili.router.parsers.output import OutputParser
-from mili.router.request import Finish, FinishReason
+from mili.router.request import NOTHING, Finish, FinishReason, Forced
 from mili.router.stop import StopMatcher
 from mili.router.tokenizer import Tokenizer
 
@@ -91,16 +91,30 @@ class ParsedOutput:
     A reasoning token is one that found the reasoning block open: of the tags, the closing one.
     """
 
-    def __init__(self, text: DetokenizedOutput, parser: OutputParser) -> None:
+    def __init__(
+        self,
+        text: DetokenizedOutput,
+        parser: OutputParser,
+        *,
+        max_reasoning_tokens: int | None = None,
+        closing: Forced = NOTHING,
+    ) -> None:
+        """closing: what ends a reasoning block that has max_reasoning_tokens and is open."""
         self.num_reasoning_tokens = 0
         self._text = text
         self._parser = parser
+        self._max_reasoning_tokens = max_reasoning_tokens
+        self._closing = closing
 
-    def push(self, token_id: int, *, may_stop: bool) -> str | None:
+    def push(self, token_id: int, *, may_stop: bool) -> str | Forced | None:
         """Take the next token; return the stop sequence that it completed in the raw text."""
         self.num_reasoning_tokens += self._parser.in_reasoning
         matched = self._text.push(token_id, may_stop=may_stop)
         self._parser.push(self._text.take())
+        spent = self.num_reasoning_tokens == self._max_reasoning_tokens
+        if spent and matched is None and self._parser.in_reasoning:
+            self._max_reasoning_tokens = None
+            return self._closing
         return matched
 
     def finish(self, finish: Finish) -> Finish:

@@ -86,6 +86,7 @@ class GenerationParams:
     skip_special_tokens: bool = True
     parse_reasoning: bool = False
     parse_tool_calls: bool = False
+    max_reasoning_tokens: int | None = None
     cache_namespace: bytes = b""
     cache_read: bool = True
     cache_write: bool = True
@@ -93,7 +94,17 @@ class GenerationParams:
 
     @property
     def is_parsed(self) -> bool:
-        return self.parse_reasoning or self.parse_tool_calls
+        bounded = self.max_reasoning_tokens is not None
+        return self.parse_reasoning or self.parse_tool_calls or bounded
+
+
+class Forced(NamedTuple):
+    """What an output goes on with, whatever the model would have sampled."""
+
+    token_ids: tuple[int, ...]
+
+
+NOTHING = Forced(())
 
 
 class TextOutput(Protocol):
@@ -101,8 +112,8 @@ class TextOutput(Protocol):
 
     num_reasoning_tokens: int
 
-    def push(self, token_id: int, *, may_stop: bool) -> str | None:
-        """Take the next token; return the stop sequence that it completed, if it did."""
+    def push(self, token_id: int, *, may_stop: bool) -> str | Forced | None:
+        """Take the next token; return the stop sequence that it completed, or what must follow."""
 
     def finish(self, finish: Finish) -> Finish:
         """No more tokens come: release the text that was held back; return how it ended."""
@@ -175,6 +186,8 @@ class Request:
         "expected_cost",
         "finish",
         "first_token_at",
+        "forced",
+        "is_cut",
         "last_token_at",
         "max_length",
         "namespace",
@@ -229,6 +242,10 @@ class Request:
         self.num_pending = 0
         # Positions whose KV is computed by the steps scheduled so far, of the present admission.
         self.num_computed = 0
+        # Tokens were put behind a sampled one: what steps in flight sample is dropped.
+        self.is_cut = False
+        # Those tokens, until they are told.
+        self.forced: tuple[int, ...] = ()
         # The most positions that were ever computed: beyond the cache, the rest is done again.
         self.peak_computed = 0
         self.num_recomputed = 0
@@ -313,12 +330,20 @@ class Request:
         if may_stop and token_id in params.stop_token_ids:
             return self.end(Finish(FinishReason.STOP_TOKEN, token_id))
         matched = self.text.push(token_id, may_stop=may_stop) if self.text else None
-        if matched is not None:
+        if isinstance(matched, str):
             return self.end(Finish(FinishReason.STOP_SEQUENCE, matched))
         if num_tokens < self.max_length:
-            return None
+            return None if matched is None else self._force(matched.token_ids)
         spent = num_output >= params.max_tokens
         return self.end(Finish(FinishReason.MAX_TOKENS if spent else FinishReason.CONTEXT_LENGTH))
+
+    def _force(self, token_ids: tuple[int, ...]) -> None:
+        """Append tokens that were not sampled; any of them may end the request."""
+        self.is_cut = True
+        for token_id in token_ids:
+            if self.finish is None:
+                self.forced += (token_id,)
+                self.accept(token_id)
 
     def end(self, finish: Finish) -> None:
         """Nothing more is generated; the text that was held back is released."""

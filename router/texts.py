@@ -8,7 +8,7 @@ from __future__ import annotations
 from mili.router.output import DetokenizedOutput, ParsedOutput
 from mili.router.parsers.formats import Formats
 from mili.router.parsers.output import OutputParser
-from mili.router.request import GenerationParams, TextOutput
+from mili.router.request import Forced, GenerationParams, TextOutput
 from mili.router.tokenizer import Tokenizer
 
 
@@ -24,11 +24,19 @@ class Texts:
         tags = formats.reasoning
         self._open_id = tokenizer.token_id(tags.open) if tags else None
         self._close_id = tokenizer.token_id(tags.close) if tags else None
+        # The line breaks are those that chat templates write there.
+        closing = f"\n{tags.close}\n\n" if tags else ""
+        self._closing = Forced(tuple(tokenizer.encode(closing, add_special_tokens=False)))
 
     def make(self, params: GenerationParams) -> TextOutput | None:
         """Text is made where it is asked for, or where something is to be found in it."""
         if params.is_parsed:
-            return ParsedOutput(self._detokenized(params, self._formats.tags), self._parser(params))
+            return ParsedOutput(
+                self._detokenized(params, self._formats.tags),
+                self._parser(params),
+                max_reasoning_tokens=params.max_reasoning_tokens,
+                closing=self._closing,
+            )
         if params.text or params.stop_sequences:
             return self._detokenized(params, frozenset())
         return None

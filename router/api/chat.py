@@ -40,7 +40,7 @@ def template_tools(chat: pb.ChatPrompt, path: str, *, shown: bool) -> list[dict[
     """
     if chat.tools and not shown:
         raise RequestError(
-            Reason.INVALID_FIELD,
+            Reason.UNSUPPORTED_FIELD,
             "the model's chat template does not show tools to the model",
             field=f"{path}.tools",
         )
@@ -97,7 +97,7 @@ def _template_message(
     if message.tool_calls:
         if call_form is None:
             raise RequestError(
-                Reason.INVALID_FIELD,
+                Reason.UNSUPPORTED_FIELD,
                 "the model's chat template does not show tool calls to the model",
                 field=f"{path}.tool_calls",
             )

@@ -125,6 +125,9 @@ def to_params(
         ),
         parse_reasoning=output.parse_reasoning,
         parse_tool_calls=output.parse_tool_calls,
+        max_reasoning_tokens=(
+            stopping.max_reasoning_tokens if stopping.HasField("max_reasoning_tokens") else None
+        ),
         cache_namespace=cache_namespace,
         cache_read=not generation.cache.bypass_read,
         cache_write=not generation.cache.bypass_write,

@@ -18,6 +18,13 @@ def check_parsing(generation: pb.Generation, formats: Formats) -> None:
     output, path = generation.output, "generation.output."
     if output.parse_reasoning and formats.reasoning is None:
         raise RequestError(Reason.UNSUPPORTED_FIELD, _NO_REASONING, field=path + "parse_reasoning")
+    if generation.stopping.HasField("max_reasoning_tokens"):
+        field = "generation.stopping.max_reasoning_tokens"
+        if formats.reasoning is None:
+            raise RequestError(Reason.UNSUPPORTED_FIELD, _NO_REASONING, field=field)
+        if generation.stopping.max_reasoning_tokens < 1:
+            message = "max_reasoning_tokens must be at least 1"
+            raise RequestError(Reason.INVALID_FIELD, message, field=field)
     if output.parse_tool_calls and formats.tool_calls is None:
         raise RequestError(Reason.UNSUPPORTED_FIELD, _NO_CALLS, field=path + "parse_tool_calls")
     if output.HasField("text") and not output.text:

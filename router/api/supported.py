@@ -27,7 +27,7 @@ _SUPPORTED = {
     "ToolCall": "id name arguments_json",
     "SamplingParams": "temperature top_p top_k min_p repetition_penalty seed",
     "StopConditions": "max_tokens min_tokens stop_sequences stop_token_ids"
-    " include_stop_text ignore_eos time_limit",
+    " include_stop_text ignore_eos max_reasoning_tokens time_limit",
     "OutputOptions": "text token_ids skip_special_tokens parse_reasoning parse_tool_calls timing",
     "SchedulingHints": "priority max_queue_time session_id",
     "CacheOptions": "bypass_read bypass_write salt",

@@ -190,6 +190,29 @@ async def test_max_tokens_cuts_a_call(actor: Actor) -> None:
     assert '{"a": "é"}'.startswith(sequence.tool_calls[0].arguments_json)
 
 
+async def test_a_block_is_closed_after_so_many_tokens(actor: Actor) -> None:
+    asked = generation(parse_reasoning=True, token_ids=True)
+    asked.stopping.max_reasoning_tokens = 3
+    sequence, usage = await told(actor, asked, "<think>abcdef", EOS_TOKEN_ID)
+    assert (sequence.text, sequence.reasoning_text) == ("def", "abc")
+    expected = actor.spell("<think>abc\n</think>\n\ndef", tags=True)
+    assert list(sequence.token_ids) == [*expected, EOS_TOKEN_ID]
+    assert usage.completion_tokens == len(sequence.token_ids)
+    assert usage.reasoning_tokens == 3 + 2
+    asked.stopping.max_reasoning_tokens = 30
+    sequence, _ = await told(actor, asked, "<think>abc</think>def", EOS_TOKEN_ID)
+    assert (sequence.text, sequence.reasoning_text) == ("def", "abc")
+
+
+async def test_a_stop_may_be_in_what_closes_a_block(actor: Actor) -> None:
+    asked = generation(token_ids=True)
+    asked.stopping.max_reasoning_tokens = 1
+    asked.stopping.stop_sequences.append("</think>")
+    sequence, usage = await told(actor, asked, "<think>abc")
+    assert sequence.text == "<think>a\n" and sequence.stop_sequence == "</think>"
+    assert usage.completion_tokens == len(sequence.token_ids) == 4
+
+
 async def test_what_a_model_has_no_form_of_is_refused(tmp_path: Path) -> None:
     async with acting(make_folder(tmp_path / "m")) as actor:
         for name in ("parse_reasoning", "parse_tool_calls"):
@@ -198,6 +221,10 @@ async def test_what_a_model_has_no_form_of_is_refused(tmp_path: Path) -> None:
                 await actor.stub.Generate(request)
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
             assert "the model's" in str(caught.value.details())
+        request = pb.GenerateRequest(generation=generation())
+        request.generation.stopping.max_reasoning_tokens = 5
+        with pytest.raises(grpc.aio.AioRpcError, match="has no tags"):
+            await actor.stub.Generate(request)
 
 
 async def test_parsing_needs_text(actor: Actor) -> None:

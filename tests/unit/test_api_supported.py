@@ -38,7 +38,10 @@ WORKING = {
         f"generation.stopping.{name}"
         for name in ("max_tokens", "min_tokens", "stop_sequences", "stop_token_ids")
     ),
-    *(f"generation.stopping.{name}" for name in ("include_stop_text", "ignore_eos", "time_limit")),
+    *(
+        f"generation.stopping.{name}"
+        for name in ("include_stop_text", "ignore_eos", "max_reasoning_tokens", "time_limit")
+    ),
     *(
         f"generation.output.{name}"
         for name in (

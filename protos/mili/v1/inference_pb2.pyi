@@ -507,7 +507,10 @@ class StopConditions(_message.Message):
     include_stop_text: _builtins.bool
     ignore_eos: _builtins.bool
     max_reasoning_tokens: _builtins.int
-    """Close the thinking block after this many reasoning tokens."""
+    """Close the reasoning block, if it is still open after this many tokens (at least 1): a line
+    break, the closing tag and an empty line are put into the output, and the model goes on behind
+    them. They count as completion tokens. Refused for a model without tags for reasoning.
+    """
     @_builtins.property
     def stop_sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -803,7 +806,7 @@ class Usage(_message.Message):
     completion_tokens: _builtins.int
     reasoning_tokens: _builtins.int
     """Those of completion_tokens that found the reasoning block open, its closing tag included; with
-    parse_reasoning or parse_tool_calls.
+    parse_reasoning, parse_tool_calls or max_reasoning_tokens.
     """
     recomputed_tokens: _builtins.int
     """Tokens computed twice because of preemption or recovery; never billed as prompt tokens."""
