@@ -75,7 +75,9 @@ class Ledger:
 
     def output(self, request: Request, token: int | None, now: float) -> RequestOutput:
         """What to tell a request after a step; the last output takes it off the books."""
-        token_ids = () if token is None else (token,)
+        token_ids: tuple[int, ...] = () if token is None else (token,)
+        if request.forced:
+            token_ids, request.forced = token_ids + request.forced, ()
         if token_ids and request.first_token_at is None:
             request.first_token_at = now
         started = finished = None

@@ -26,10 +26,11 @@ from mili.router.config import RouterConfig
 from mili.router.engine import Engine
 from mili.router.kv_cache import CacheSettings
 from mili.router.metrics import RouterCollector, serve_metrics
-from mili.router.output import DetokenizedOutput
+from mili.router.parsers.formats import read_formats
 from mili.router.recorder import Recorder, Reel, write
-from mili.router.request import GenerationParams, RequestOutput, TextOutput
+from mili.router.request import RequestOutput
 from mili.router.tenants import Tenants
+from mili.router.texts import Texts
 from mili.router.tokenizer import Tokenizer
 from mili.router.worker_link import WorkerLink
 from mili.router.workers import Workers, WorkerState
@@ -70,6 +71,7 @@ class Router:
             interface = interface_sha256(self._folder)
         with _phase("load tokenizer", phases):
             self._tokenizer = Tokenizer(self._folder)
+            formats = read_formats(self._folder.chat_template, self._tokenizer)
         self._recorder = Recorder(config.recorded_decisions) if config.recorded_decisions else None
         self._last_words: list[Reel] = []
         self._engine = Engine(
@@ -77,7 +79,7 @@ class Router:
             pipeline_depth=config.pipeline_depth,
             max_queued_requests=config.max_queued_requests,
             recovery_timeout=config.recovery_timeout,
-            make_text=self._make_text,
+            make_text=Texts(self._tokenizer, formats, self._folder.generation.eos_token_ids).make,
             deliver=self._deliver,
             on_fault=self._break,
             clock=time.monotonic,
@@ -179,17 +181,6 @@ class Router:
             log.error("recording cannot be written", path=str(path), reason=error.strerror)
         else:
             log.info("recording is written", path=str(path), replay=f"mili replay {path}")
-
-    def _make_text(self, params: GenerationParams) -> TextOutput | None:
-        """Text is made where it is asked for, or where it may hold a stop sequence."""
-        if not params.text and not params.stop_sequences:
-            return None
-        return DetokenizedOutput(
-            self._tokenizer,
-            skip_special_tokens=params.skip_special_tokens,
-            stop_sequences=params.stop_sequences,
-            include_stop_text=params.include_stop_text,
-        )
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         self._api.deliver(outputs)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from mili.internal.v1.step_pb2 import RowFault, StepCommand, StepResult
 from mili.router.mask import fields_of
 from mili.router.recorder import Reel
-from mili.router.request import Finish, FinishReason, Request
+from mili.router.request import NOTHING, Finish, FinishReason, Forced, Request
 from mili.router.scheduler import Scheduler
 from mili.router.snapshot import Cell, Tokens, thaw
 from mili.router.tape import Arrival, Call, Named, StepDone, outcome_of
@@ -59,14 +59,22 @@ class Ending:
     future: every token that the request is going to have.
     """
 
+    num_reasoning_tokens = 0
+
     def __init__(self, future: array[int]) -> None:
-        self.stops = False
+        self.stops_after = -1
+        self.forced = NOTHING
         self.future = future
 
-    def push(self, token_id: int, *, may_stop: bool) -> str | None:
-        return "" if self.stops else None
+    def push(self, token_id: int, *, may_stop: bool) -> str | Forced | None:
+        self.stops_after -= 1
+        if self.stops_after == -1:
+            return ""
+        forced, self.forced = self.forced, NOTHING
+        return forced if forced.token_ids else None
 
-    def finish(self) -> None: ...
+    def finish(self, finish: Finish) -> Finish:
+        return finish
 
     def take(self) -> str:
         return ""
@@ -107,9 +115,11 @@ class _Stage:
     def prepare(self, call: Call) -> None:
         """Others served tenants meanwhile; and requests stop at their next token if they did."""
         self._scheduler.shares.restore(call.balances)
+        for request in self._requests.values():
+            request.forced = ()  # its caller was told
         if call.name == "Scheduler.update" and isinstance(call.outcome, list):
-            for request_id, reason in call.outcome[1:]:
-                _ending(self._requests[request_id]).stops = reason == "stop"
+            for request_id, reason, num_forced in call.outcome[1:]:
+                _prepare(self._requests[request_id], num_forced, stops=reason == "stop")
 
     def _enter(self, cells: list[Cell]) -> Any:  # noqa: ANN401 - the snapshot's root
         made = thaw(cells)
@@ -131,6 +141,13 @@ class _Stage:
             faults=[RowFault(index=index) for index in done.faults],
             device_microseconds=done.microseconds,
         )
+
+
+def _prepare(request: Request, num_forced: int, *, stops: bool) -> None:
+    """Tell a request's text what its next token does."""
+    ending, first = _ending(request), len(request.token_ids) + 1
+    ending.stops_after = num_forced if stops else -1
+    ending.forced = Forced(tuple(ending.future[first : first + num_forced]))
 
 
 def _ending(request: Request) -> Ending:

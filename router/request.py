@@ -17,6 +17,7 @@ from mili.internal.v1.step_pb2 import Sampling
 from mili.router.cache_memory import Miss
 from mili.router.errors import Reason, RequestError
 from mili.router.fair_share import OUTPUT_TOKEN_COST, Account
+from mili.router.parsed_text import Text
 
 
 class FinishReason(IntEnum):
@@ -28,6 +29,7 @@ class FinishReason(IntEnum):
     MAX_TOKENS = 4
     CONTEXT_LENGTH = 5
     TIME_LIMIT = 6
+    TOOL_CALLS = 7
     CANCELLED = 8
     ERROR = 9
 
@@ -83,23 +85,42 @@ class GenerationParams:
     include_stop_text: bool = False
     text: bool = True
     skip_special_tokens: bool = True
+    parse_reasoning: bool = False
+    parse_tool_calls: bool = False
+    max_reasoning_tokens: int | None = None
     cache_namespace: bytes = b""
     cache_read: bool = True
     cache_write: bool = True
     scheduling: Scheduling = ORDINARY
     num_sequences: int = 1
 
+    @property
+    def is_parsed(self) -> bool:
+        bounded = self.max_reasoning_tokens is not None
+        return self.parse_reasoning or self.parse_tool_calls or bounded
+
+
+class Forced(NamedTuple):
+    """What an output goes on with, whatever the model would have sampled."""
+
+    token_ids: tuple[int, ...]
+
+
+NOTHING = Forced(())
+
 
 class TextOutput(Protocol):
-    """Tokens in, text out: detokenizing and stop sequences of one request."""
+    """Tokens in, text out: detokenizing, stop sequences and parsing of one request."""
 
-    def push(self, token_id: int, *, may_stop: bool) -> str | None:
-        """Take the next token; return the stop sequence that it completed, if it did."""
+    num_reasoning_tokens: int
 
-    def finish(self) -> None:
-        """No more tokens come: release the text that was held back."""
+    def push(self, token_id: int, *, may_stop: bool) -> str | Forced | None:
+        """Take the next token; return the stop sequence that it completed, or what must follow."""
 
-    def take(self) -> str:
+    def finish(self, finish: Finish) -> Finish:
+        """No more tokens come: release the text that was held back; return how it ended."""
+
+    def take(self) -> Text:
         """Return the text that became certain since the last call."""
 
 
@@ -109,7 +130,7 @@ class RequestOutput(NamedTuple):
     # Of the call, whichever of its sequences this is.
     request_id: str
     token_ids: tuple[int, ...] = ()
-    text: str = ""
+    text: Text = ""
     # Index of the first of token_ids in the output, from 0.
     first_token_index: int = 0
     # Set once, when the first of the sequences was admitted for the first time.
@@ -130,6 +151,8 @@ class Usage(NamedTuple):
     cached_prompt_tokens: int
     completion_tokens: int
     recomputed_tokens: int
+    # Of requests whose output is parsed.
+    reasoning_tokens: int = 0
 
 
 class Timing(NamedTuple):
@@ -183,7 +206,9 @@ class Request:
         "expected_cost",
         "finish",
         "first_token_at",
+        "forced",
         "index",
+        "is_cut",
         "last_token_at",
         "max_length",
         "namespace",
@@ -242,6 +267,10 @@ class Request:
         self.num_pending = 0
         # Positions whose KV is computed by the steps scheduled so far, of the present admission.
         self.num_computed = 0
+        # Tokens were put behind a sampled one: what steps in flight sample is dropped.
+        self.is_cut = False
+        # Those tokens, until they are told.
+        self.forced: tuple[int, ...] = ()
         # The most positions that were ever computed: beyond the cache, the rest is done again.
         self.peak_computed = 0
         self.num_recomputed = 0
@@ -295,6 +324,7 @@ class Request:
             self.num_cached_prompt_tokens,
             self.num_output_tokens,
             self.num_recomputed,
+            self.text.num_reasoning_tokens if self.text else 0,
         )
 
     def timing(self, now: float) -> Timing:
@@ -325,19 +355,25 @@ class Request:
         if may_stop and token_id in params.stop_token_ids:
             return self.end(Finish(FinishReason.STOP_TOKEN, token_id))
         matched = self.text.push(token_id, may_stop=may_stop) if self.text else None
-        if matched is not None:
+        if isinstance(matched, str):
             return self.end(Finish(FinishReason.STOP_SEQUENCE, matched))
         if num_tokens < self.max_length:
-            return None
+            return None if matched is None else self._force(matched.token_ids)
         spent = num_output >= params.max_tokens
         return self.end(Finish(FinishReason.MAX_TOKENS if spent else FinishReason.CONTEXT_LENGTH))
+
+    def _force(self, token_ids: tuple[int, ...]) -> None:
+        """Append tokens that were not sampled; any of them may end the request."""
+        self.is_cut = True
+        for token_id in token_ids:
+            if self.finish is None:
+                self.forced += (token_id,)
+                self.accept(token_id)
 
     def end(self, finish: Finish) -> None:
         """Nothing more is generated; the text that was held back is released."""
         assert self.finish is None
-        self.finish = finish
-        if self.text:
-            self.text.finish()
+        self.finish = self.text.finish(finish) if self.text else finish
 
     def fail(self, reason: Reason, message: str, retry_after: float | None = None) -> None:
         error = RequestError(reason, message, retry_after=retry_after)

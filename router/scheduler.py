@@ -184,7 +184,7 @@ class Scheduler:
             if row.samples:
                 request.num_pending -= 1
             token = next(tokens) if num_new else None
-            if request.finish is not None:
+            if request.finish is not None or request.is_cut:
                 continue
             self._take(row, token, index in faulty)
             if token is not None or index in faulty:
@@ -266,6 +266,7 @@ class Scheduler:
             request.num_cached_prompt_tokens = request.num_computed
             request.account.charge_prompt(len(request.token_ids) - request.num_computed)
         request.num_admissions += 1
+        request.is_cut = False
         plan.admissions.append(
             Admission(
                 row=request.row,
@@ -301,26 +302,34 @@ class Scheduler:
             request.fail(Reason.NUMERIC_FAULT, "the model computed a value that is no number")
         elif token is not None:
             assert row.samples
+            num_known = len(request.token_ids)
             request.accept(token)
+            num_new = len(request.token_ids) - num_known
             request.account.charge_output_token()
             if request.row:
-                self.pace.num_known += 1
+                self.pace.num_known += num_new
             else:
-                self.num_waiting_tokens += 1
+                self.num_waiting_tokens += num_new
         if request.admission == row.admission and not faulty:
             self.kv.publish(request, row.num_computed)
             request.peak_computed = max(request.peak_computed, row.num_computed)
         if request.finish is not None:
             self.pace.ended(request)
             self.abort(request)
+        elif request.is_cut and request.row:
+            self._requeue(request)
 
     def _preempt(self, request: Request) -> None:
-        """Take row and blocks; the request waits, and starts again from its tokens."""
-        self._leave(request)
-        request.row = request.admission = request.num_computed = 0
+        """Make room: the request waits until there is some again."""
+        self._requeue(request)
         request.num_preemptions += 1
         self.num_preemptions += 1
         self.preempted.append(request)
+
+    def _requeue(self, request: Request) -> None:
+        """Take row and blocks; the request waits, and starts again from its tokens."""
+        self._leave(request)
+        request.row = request.admission = request.num_computed = 0
         self.add(request)
 
     def _leave(self, request: Request) -> None:

@@ -22,7 +22,14 @@ from mili.router.snapshot import Cell, Fields, Tokens, freeze
 MAX_TOKENS = 1 << 22
 
 # What a replay, which knows no text, has to be told.
-STOPPED = frozenset({FinishReason.EOS, FinishReason.STOP_SEQUENCE, FinishReason.STOP_TOKEN})
+STOPPED = frozenset(
+    {
+        FinishReason.EOS,
+        FinishReason.STOP_SEQUENCE,
+        FinishReason.STOP_TOKEN,
+        FinishReason.TOOL_CALLS,
+    }
+)
 
 
 class Taped(Protocol):
@@ -181,6 +188,7 @@ def _request_fields(request: Request) -> Fields:
     """What of a request decides: no text, and why it ended at most."""
     fields = {name: getattr(request, name, None) for name in Request.__slots__}
     fields["text"] = None
+    fields["forced"] = ()
     fields["finish"] = request.finish and Finish(request.finish.reason)
     return fields
 
@@ -209,7 +217,9 @@ def outcome_of(result: Any) -> object:  # noqa: ANN401 - whatever a decision ret
             return [request.request_id for request in result]
         case list():
             ended = [
-                [request.request_id, _ending(request)] for request, _ in result if request.finish
+                [request.request_id, _ending(request), len(request.forced)]
+                for request, _ in result
+                if request.finish or request.forced
             ]
             return [len(result), *ended]
         case _:
@@ -217,7 +227,8 @@ def outcome_of(result: Any) -> object:  # noqa: ANN401 - whatever a decision ret
 
 
 def _ending(request: Request) -> str:
-    assert request.finish is not None
+    if request.finish is None:
+        return ""
     reason = request.finish.reason
     return "stop" if reason in STOPPED else reason.name.lower()
 

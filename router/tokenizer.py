@@ -9,13 +9,14 @@ import hashlib
 import json
 from array import array
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import compress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tokenizers
 
 from mili.hub.folder import ModelFolder
-from mili.router.detokenizer import Detokenizer, read_vocabulary
+from mili.router.detokenizer import Detokenizer, TokenBytes, TokenPieces, read_vocabulary
 
 # 1 for each byte that begins a UTF-8 character, 0 for each that continues one.
 _BEGINS_CHARACTER = bytes(byte & 0xC0 != 0x80 for byte in range(256))
@@ -53,10 +54,13 @@ class Tokenizer:
             (len(token.encode()) for token in self._backend.get_vocab()), default=1
         )
         added = self._backend.get_added_tokens_decoder()
-        special_ids = frozenset(token_id for token_id in added if added[token_id].special)
-        decoder = json.loads(data).get("decoder")
-        self._vocabulary = read_vocabulary(self._backend, decoder, frozenset())
-        self._vocabulary_without_special = read_vocabulary(self._backend, decoder, special_ids)
+        self._special_ids = {
+            added[token_id].content: token_id for token_id in added if added[token_id].special
+        }
+        self._decoder: dict[str, Any] | None = json.loads(data).get("decoder")
+        self._vocabulary = read_vocabulary(self._backend, self._decoder, frozenset())
+        self._vocabulary_showing = lru_cache(maxsize=8)(self._read_vocabulary)
+        self._vocabulary_without_special = self._vocabulary_showing(frozenset())
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Return the ids of one text, with the special tokens of the file's post-processor."""
@@ -95,11 +99,28 @@ class Tokenizer:
         text: str = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
 
-    def detokenizer(self, *, skip_special_tokens: bool) -> Detokenizer:
-        """Return a new detokenizer for one output: what `decode` does, a token at a time."""
-        if skip_special_tokens:
+    def detokenizer(
+        self, *, skip_special_tokens: bool, shown: frozenset[str] = frozenset()
+    ) -> Detokenizer:
+        """Return a new detokenizer for one output: what `decode` does, a token at a time.
+
+        shown: special tokens that are not skipped.
+        """
+        if not skip_special_tokens:
+            return self._vocabulary.detokenizer()
+        shown &= self._special_ids.keys()
+        if not shown:
             return self._vocabulary_without_special.detokenizer()
-        return self._vocabulary.detokenizer()
+        return self._vocabulary_showing(shown).detokenizer()
+
+    def token_id(self, token: str) -> int | None:
+        """Return the id of a token by its text, None where the vocabulary has no such token."""
+        token_id: int | None = self._backend.token_to_id(token)
+        return token_id
+
+    def _read_vocabulary(self, shown: frozenset[str]) -> TokenBytes | TokenPieces:
+        skipped = {self._special_ids[token] for token in self._special_ids.keys() - shown}
+        return read_vocabulary(self._backend, self._decoder, frozenset(skipped))
 
     def _check_range(self, ids: Sequence[int]) -> None:
         if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:

@@ -14,26 +14,41 @@ from types import SimpleNamespace
 from mili.internal.v1.step_pb2 import Sampling, StepResult
 from mili.router.errors import Reason
 from mili.router.kv_cache import CacheSettings
-from mili.router.request import FinishReason, GenerationParams, Scheduling
-from tests.fake_worker import EOS, FakeModel, FakeWorker, key_of, seed_of
+from mili.router.request import Finish, FinishReason, Forced, GenerationParams, Scheduling
+from tests.fake_worker import (
+    EOS,
+    FakeModel,
+    FakeWorker,
+    extend_hash,
+    first_hash,
+    key_of,
+    seed_of,
+)
 
 LETTERS = "ab$"
+# What follows when a budget is spent.
+FORCED = Forced((1, 0, 0))
 
 
 class FakeText:
     """Tokens as letters, and the naive way to find a stop string."""
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
+    num_reasoning_tokens = 0
+
+    def __init__(self, stops: tuple[str, ...], budget: int | None) -> None:
         self.stops = stops
+        self.budget = budget
         self.all = ""
 
-    def push(self, token_id: int, *, may_stop: bool) -> str | None:
+    def push(self, token_id: int, *, may_stop: bool) -> str | Forced | None:
         self.all += LETTERS[token_id]
         ending = [stop for stop in self.stops if may_stop and self.all.endswith(stop)]
+        if not ending and len(self.all) == self.budget:
+            return FORCED
         return max(ending, key=len, default=None)
 
-    def finish(self) -> None:
-        pass
+    def finish(self, finish: Finish) -> Finish:
+        return finish
 
     def take(self) -> str:
         return ""
@@ -46,10 +61,19 @@ def expected(
     room = context_limit - len(params.prompt_token_ids)
     output: list[int] = []
     text = ""
-    for token in model.alone(params.prompt_token_ids, key_of(params.sampling), room):
+    forced: list[int] = []
+    key, num_prompt_tokens = key_of(params.sampling), len(params.prompt_token_ids)
+    prefix = first_hash(key)
+    for token in params.prompt_token_ids:
+        prefix = extend_hash(prefix, token)
+    while len(output) < room:
+        token = forced.pop(0) if forced else model.sample(prefix, num_prompt_tokens, key)
         if token is None:
             return output, FinishReason.ERROR
         output.append(token)
+        prefix = extend_hash(prefix, token)
+        if len(output) == params.max_reasoning_tokens:
+            forced = list(FORCED.token_ids)
         text += LETTERS[token]
         if len(output) > params.min_tokens:
             if token in params.eos_token_ids:
@@ -158,13 +182,14 @@ class Simulation:
             stop_token_ids=frozenset({1} if self.random.random() < 0.05 else ()),
             stop_sequences=stops if self.random.random() < 0.3 else (),
             cache_namespace=namespace,
+            max_reasoning_tokens=self.random.choice((None, None, self.random.randint(1, 20))),
             scheduling=Scheduling(
                 tenant=self.random.choice("abc"), priority=self.random.choice((0, 0, 1))
             ),
             cache_read=self.random.random() < 0.95,
             cache_write=self.random.random() < 0.95,
         )
-        text = FakeText(params.stop_sequences)
+        text = FakeText(params.stop_sequences, params.max_reasoning_tokens)
         request = self.core.Request(
             f"r{self.to_submit}",
             params,
@@ -192,6 +217,8 @@ class Simulation:
         if not self.results:
             return False
         for request, _token in self.scheduler.update(self.results.popleft()):
+            self.totals["edits"] += bool(request.forced)
+            request.forced = ()  # they are told
             if request.finish is not None:
                 self._finished(request)
         return True

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from mili.router.api.status import clip, code_number, duration
 from mili.router.api.stream import Gathered
+from mili.router.api.texts import fill_text
 from mili.router.request import Finish, Finished, FinishReason, Started, Timing, Usage
 from mili.v1 import inference_pb2 as pb
 
@@ -81,7 +82,8 @@ def check_success(finished: Finished) -> None:
 
 def _sequence(options: pb.OutputOptions, gathered: Gathered) -> pb.GeneratedSequence:
     assert gathered.finished is not None
-    sequence = pb.GeneratedSequence(index=gathered.index, text=gathered.text)
+    sequence = pb.GeneratedSequence(index=gathered.index)
+    fill_text(sequence, gathered.text)
     if options.token_ids:
         sequence.token_ids.extend(gathered.token_ids)
     _fill_finish(sequence, gathered.finished.finish)
@@ -99,7 +101,7 @@ def _fill_started(started: pb.Started, answering: Answering, admitted: Started) 
 
 
 def _fill_delta(delta: pb.Delta, options: pb.OutputOptions, gathered: Gathered) -> None:
-    delta.text = gathered.text
+    fill_text(delta, gathered.text)
     if options.token_ids:
         delta.token_ids.extend(gathered.token_ids)
     delta.num_tokens = len(gathered.token_ids)

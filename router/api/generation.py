@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from mili.hub.folder import ModelFolder
 from mili.internal.v1.step_pb2 import Sampling
+from mili.router.api.parsing import check_parsing
 from mili.router.api.sampling import (
     check_sampling,
     check_token_ids,
@@ -17,6 +18,7 @@ from mili.router.api.sampling import (
     to_sampling,
 )
 from mili.router.errors import Reason, RequestError
+from mili.router.parsers.formats import Formats
 from mili.router.request import GenerationParams, Scheduling
 from mili.v1 import inference_pb2 as pb
 
@@ -30,6 +32,7 @@ class Defaults(NamedTuple):
     sampling: pb.SamplingParams
     eos_token_ids: frozenset[int]
     vocab_size: int
+    formats: Formats = Formats()
 
 
 def read_defaults(folder: ModelFolder) -> Defaults:
@@ -42,6 +45,7 @@ def check_generation(generation: pb.Generation, context_limit: int, defaults: De
     """Raise RequestError for a bad value, before any work that grows with the prompt."""
     check_sampling(generation.sampling, defaults.vocab_size)
     _check_stopping(generation.stopping, defaults.vocab_size)
+    check_parsing(generation, defaults.formats)
     kind = generation.WhichOneof("prompt")
     require(kind is not None, "generation.prompt", "is missing")
     require(kind != "text" or bool(generation.text), "generation.text", "is empty")
@@ -99,6 +103,11 @@ def to_params(
         text=output.text if output.HasField("text") else True,
         skip_special_tokens=(
             output.skip_special_tokens if output.HasField("skip_special_tokens") else True
+        ),
+        parse_reasoning=output.parse_reasoning,
+        parse_tool_calls=output.parse_tool_calls,
+        max_reasoning_tokens=(
+            stopping.max_reasoning_tokens if stopping.HasField("max_reasoning_tokens") else None
         ),
         cache_namespace=cache_namespace,
         cache_read=not generation.cache.bypass_read,

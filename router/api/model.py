@@ -14,6 +14,7 @@ from mili.router.api.status import Context, NotFoundError
 from mili.router.api.supported import check_supported
 from mili.router.chat_template import ChatTemplate
 from mili.router.errors import Reason, RequestError
+from mili.router.parsers.formats import Formats, read_formats
 from mili.router.tokenizer import Tokenizer
 from mili.v1 import model_pb2 as pb
 from mili.v1 import model_pb2_grpc
@@ -30,6 +31,7 @@ class ServedModel:
     aliases: tuple[str, ...]
     tokenizer_sha256: str
     chat_template_sha256: str
+    formats: Formats
 
     @classmethod
     def read(
@@ -47,7 +49,19 @@ class ServedModel:
             aliases=tuple(aliases),
             tokenizer_sha256=tokenizer.tokenizer_sha256,
             chat_template_sha256=template.sha256,
+            formats=read_formats(folder.chat_template, tokenizer),
         )
+
+    @property
+    def capabilities(self) -> list[str]:
+        """What a caller may ask for: the parsers of output depend on the model."""
+        named = {
+            "generate": True,
+            "chat": self.folder.chat_template is not None,
+            "parse_reasoning": self.formats.reasoning is not None,
+            "parse_tool_calls": self.formats.tool_calls is not None,
+        }
+        return [name for name, has in named.items() if has]
 
     def check_name(self, name: str, field: str) -> None:
         """Raise NotFoundError for a name that is not this model's; empty means the only one."""
@@ -102,6 +116,6 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             tokenizer_sha256=self._model.tokenizer_sha256,
             chat_template_sha256=self._model.chat_template_sha256,
             default_generation_config_json=folder.generation.raw_json,
-            capabilities=["generate", "chat"] if folder.chat_template else ["generate"],
+            capabilities=self._model.capabilities,
             kv_block_tokens=self._engine.block_size,
         )

@@ -13,7 +13,13 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
-from mili.router.api.chat import template_messages, template_variables
+from mili.router.api.chat import (
+    check_continued,
+    template_messages,
+    template_tools,
+    template_variables,
+    texts_of,
+)
 from mili.router.chat_template import ChatTemplate
 from mili.router.errors import Reason, RequestError
 from mili.router.stop import StopMatcher
@@ -116,11 +122,21 @@ class PromptReader:
 
         ask: end with the opening of the answer.
         """
-        messages = template_messages(chat, path)
-        check_bytes((text for message in messages for text in message.values()), path, max_bytes)
+        template = self._template
+        check_bytes(texts_of(chat), path, max_bytes)
+        messages = template_messages(chat, path, template.call_form)
+        tools = template_tools(chat, path, shown=template.shows_tools)
+        if chat.continue_final_message:
+            check_continued(chat, path)
         variables = template_variables(chat, path)
         try:
-            text = self._template.render(messages, variables=variables, add_generation_prompt=ask)
+            text = template.render(
+                messages,
+                tools=tools,
+                variables=variables,
+                add_generation_prompt=ask and not chat.continue_final_message,
+                continue_final_message=chat.continue_final_message,
+            )
             check_bytes([text], path, max_bytes)
             return text, self._tokenizer.encode(text, add_special_tokens=False)
         except ValueError as error:

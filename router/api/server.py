@@ -102,7 +102,7 @@ class ApiServer:
         model = ServedModel.read(folder, config.served_model_name, tokenizer, template)
         self.model_name = model.name
         prompts = PromptReader(tokenizer, template)
-        defaults = read_defaults(folder)
+        defaults = read_defaults(folder)._replace(formats=model.formats)
         self._health = Health(_service_names(_PUBLIC_FILES + _ADMIN_FILES))
         self._inference = InferenceService(
             engine=engine,

@@ -10,6 +10,7 @@ import asyncio
 from typing import NamedTuple
 
 from mili.router.errors import RequestError
+from mili.router.parsed_text import Text, join
 from mili.router.request import (
     Finish,
     Finished,
@@ -28,7 +29,7 @@ class Gathered(NamedTuple):
     """What one sequence of a stream received since it was last read."""
 
     started: Started | None
-    text: str
+    text: Text
     token_ids: list[int]
     first_token_index: int
     finished: Finished | None
@@ -46,7 +47,7 @@ class Unread:
     __slots__ = ("finished", "first_token_index", "texts", "token_ids")
 
     def __init__(self, first_token_index: int) -> None:
-        self.texts: list[str] = []
+        self.texts: list[Text] = []
         self.token_ids: list[int] = []
         self.first_token_index = first_token_index
         self.finished: Finished | None = None
@@ -131,7 +132,7 @@ class Stream:
         index = next(iter(self._unread), 0)
         unread = self._unread.pop(index, _NOTHING_UNREAD)
         self.woken = bool(self._unread)
-        text = "".join(unread.texts)
+        text = join(unread.texts)
         self.num_unread_tokens -= len(unread.token_ids)
         self.num_unread_characters -= len(text)
         started, self._started = self._started, None

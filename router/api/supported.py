@@ -21,13 +21,15 @@ _SUPPORTED = {
     "Generation": "model text token_ids chat sampling stopping output scheduling cache"
     " truncate_prompt_tokens add_special_tokens",
     "TokenIds": "ids",
-    "ChatPrompt": "messages template_variables_json",
-    "ChatMessage": "role content reasoning_content tool_call_id name",
+    "ChatPrompt": "messages tools template_variables_json continue_final_message",
+    "ChatMessage": "role content reasoning_content tool_calls tool_call_id name",
+    "ToolDefinition": "name description parameters_json_schema",
+    "ToolCall": "id name arguments_json",
     "SamplingParams": "temperature top_p top_k min_p repetition_penalty presence_penalty"
     " frequency_penalty logit_bias allowed_token_ids seed num_sequences",
     "StopConditions": "max_tokens min_tokens stop_sequences stop_token_ids"
-    " include_stop_text ignore_eos time_limit",
-    "OutputOptions": "text token_ids skip_special_tokens timing",
+    " include_stop_text ignore_eos max_reasoning_tokens time_limit",
+    "OutputOptions": "text token_ids skip_special_tokens parse_reasoning parse_tool_calls timing",
     "SchedulingHints": "priority max_queue_time session_id",
     "CacheOptions": "bypass_read bypass_write salt",
     "CancelGenerationRequest": "request_id",

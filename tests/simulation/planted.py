@@ -195,7 +195,7 @@ PLANTED = {
         "        num_tokens",
     ),
     "text that was held back is kept": Plant(
-        "        if self.text:\n            self.text.finish()\n", ""
+        "self.text.finish(finish) if self.text else finish", "finish"
     ),
     "the stop sequence shows": Plant(
         "if self._include_stop_text", "if not self._include_stop_text"

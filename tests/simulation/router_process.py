@@ -29,7 +29,7 @@ LETTERS = "ab$"
 class Letters:
     """The tokenizer, as far as the text of an output is concerned: a token is a letter."""
 
-    def detokenizer(self, *, skip_special_tokens: bool) -> Letters:
+    def detokenizer(self, *, skip_special_tokens: bool, shown: frozenset[str]) -> Letters:
         return self
 
     def push(self, token_id: int) -> str:

@@ -187,3 +187,107 @@ def test_stop_sequences_are_prepared_with_the_prompt(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="at most") as caught:
         prompts.read(pb.Generation(text="x", stopping=stopping), CONTEXT_LIMIT)
     assert caught.value.field == "generation.stopping.stop_sequences"
+
+
+CALLS = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ c.function.name }}({{ c.function.arguments }}){% endfor %};{% endfor %}"
+    "{{ tools | tojson }}"
+)
+
+
+def rendered(tmp_path: Path, prompt: pb.ChatPrompt, template: str = CALLS) -> str:
+    make_folder(tmp_path / "m")
+    (tmp_path / "m" / "chat_template.jinja").write_text(template)
+    tokenizer = SimpleNamespace(longest_token_bytes=2, encode=lambda text, **_: [1])
+    chat_template = ChatTemplate(read_model_folder(tmp_path / "m"))
+    return PromptReader(cast(Tokenizer, tokenizer), chat_template).render(prompt, "chat", 4096)[0]
+
+
+def asked(*more: pb.ChatMessage, **fields: Any) -> pb.ChatPrompt:  # noqa: ANN401
+    return pb.ChatPrompt(messages=[pb.ChatMessage(role="user", content="Hi"), *more], **fields)
+
+
+def call(name: str = "f", arguments: str = "", **fields: str) -> pb.ChatMessage:
+    called = pb.ToolCall(name=name, arguments_json=arguments)
+    return pb.ChatMessage(role="assistant", tool_calls=[called], **fields)
+
+
+def test_tools_and_calls_reach_the_template(tmp_path: Path) -> None:
+    tool = pb.ToolDefinition(name="f", description="d", parameters_json_schema='{"b": 1, "a": 2.0}')
+    text = rendered(tmp_path, asked(call(arguments='{"x": [1, "é"]}'), call(), tools=[tool]))
+    assert text == (
+        "user:Hi;assistant:f({'x': [1, 'é']});assistant:f({});"
+        '[{"type": "function", "function": {"name": "f", "description": "d", '
+        '"parameters": {"b": 1, "a": 2.0}}}]'
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ c.arguments.a }}", "1"),
+        ("{{ c.arguments | tojson }}", '{"a": 1}'),
+        ("{{ '' + c.arguments }}", '{"a":1}'),  # the caller's own text
+        ("{{ m.content + '/' + c.name }}", "/f"),
+        ("{{ 'none' if m.content is none else 1 / 0 }}", "none"),
+    ],
+)
+def test_calls_are_written_as_the_template_wants_them(
+    tmp_path: Path, template: str, expected: str
+) -> None:
+    loop = "{% for m in messages[1:] %}{% for t in m.tool_calls %}{% set c = t.function %}"
+    name = "{{ c.name if c.name != 'f' }}"  # the probe wants to see its own
+    source = f"{loop}{name}{template}{{% endfor %}}{{% endfor %}}"
+    assert rendered(tmp_path, asked(call(arguments='{"a":1}')), source) == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "field", "problem"),
+    [
+        (asked(call(name="")), "chat.messages[1].tool_calls[0].name", "missing"),
+        (asked(call(arguments="{")), "chat.messages[1].tool_calls[0].arguments_json", "JSON"),
+        (asked(call(arguments="[1]")), "chat.messages[1].tool_calls[0].arguments_json", "object"),
+        (
+            asked(call(arguments='{"a": NaN}')),
+            "chat.messages[1].tool_calls[0].arguments_json",
+            "JSON",
+        ),
+        (asked(tools=[pb.ToolDefinition()]), "chat.tools[0].name", "missing"),
+        (
+            asked(tools=[pb.ToolDefinition(name="f", parameters_json_schema="x")]),
+            "chat.tools[0].parameters_json_schema",
+            "JSON",
+        ),
+        (asked(continue_final_message=True), "chat.continue_final_message", "assistant"),
+        (asked(call(), continue_final_message=True), "chat.continue_final_message", "content"),
+        (asked(template_variables_json='{"a": Infinity}'), "chat.template_variables_json", "JSON"),
+        (asked(template_variables_json="[" * 9000), "chat.template_variables_json", "JSON"),
+    ],
+)
+def test_a_bad_chat_is_named(
+    tmp_path: Path, prompt: pb.ChatPrompt, field: str, problem: str
+) -> None:
+    with pytest.raises(RequestError, match=problem) as caught:
+        rendered(tmp_path, prompt)
+    assert (caught.value.reason, caught.value.field) == (Reason.INVALID_FIELD, field)
+
+
+def test_what_a_template_does_not_show_is_refused(tmp_path: Path) -> None:
+    plain = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(RequestError, match="does not show tools"):
+        rendered(tmp_path, asked(tools=[pb.ToolDefinition(name="f")]), plain)
+    with pytest.raises(RequestError, match="does not show tool calls"):
+        rendered(tmp_path, asked(call()), plain)
+
+
+def test_the_final_message_goes_on(tmp_path: Path) -> None:
+    final = pb.ChatMessage(role="assistant", content="Well, ")
+    prompt = asked(final, continue_final_message=True)
+    plain = "{% for m in messages %}[{{ m.content }}]{% endfor %}{{ add_generation_prompt }}"
+    assert rendered(tmp_path, prompt, plain) == "[Hi][Well, "
+    trimmed = plain.replace("m.content", "m.content | trim")
+    assert rendered(tmp_path, prompt, trimmed) == "[Hi][Well,"
+    for template in ("{{ messages[0].content }}", plain.replace("m.content", "m.content | upper")):
+        with pytest.raises(RequestError, match="does not write the final message as it is"):
+            rendered(tmp_path, prompt, template)

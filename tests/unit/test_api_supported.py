@@ -9,20 +9,27 @@ import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
+from mili.router.api import supported
 from mili.router.api.supported import check_supported
 from mili.router.errors import Reason, RequestError
 from mili.v1 import admin_pb2
 from mili.v1 import inference_pb2 as pb
 
+MESSAGE = ("role", "content", "reasoning_content", "tool_call_id", "name")
+CALL = ("id", "name", "arguments_json")
+TOOL = ("name", "description", "parameters_json_schema")
+CHAT = {
+    *(f"chat.messages[0].{name}" for name in MESSAGE),
+    *(f"chat.messages[0].tool_calls[0].{name}" for name in CALL),
+    *(f"chat.tools[0].{name}" for name in TOOL),
+    "chat.template_variables_json",
+    "chat.continue_final_message",
+}
 WORKING = {
     "request_id",
     *(f"generation.{name}" for name in ("model", "text", "token_ids.ids")),
     *(f"generation.{name}" for name in ("truncate_prompt_tokens", "add_special_tokens")),
-    *(
-        f"generation.chat.messages[0].{name}"
-        for name in ("role", "content", "reasoning_content", "tool_call_id", "name")
-    ),
-    "generation.chat.template_variables_json",
+    *(f"generation.{field}" for field in CHAT),
     *(
         f"generation.sampling.{name}"
         for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
@@ -36,11 +43,21 @@ WORKING = {
         f"generation.stopping.{name}"
         for name in ("max_tokens", "min_tokens", "stop_sequences", "stop_token_ids")
     ),
-    *(f"generation.stopping.{name}" for name in ("include_stop_text", "ignore_eos", "time_limit")),
+    *(
+        f"generation.stopping.{name}"
+        for name in ("include_stop_text", "ignore_eos", "max_reasoning_tokens", "time_limit")
+    ),
     *(
         f"generation.output.{name}"
-        for name in ("text", "token_ids", "skip_special_tokens", "timing")
+        for name in (
+            "text",
+            "token_ids",
+            "skip_special_tokens",
+            "parse_reasoning",
+            "parse_tool_calls",
+        )
     ),
+    "generation.output.timing",
     *(f"generation.scheduling.{name}" for name in ("priority", "max_queue_time", "session_id")),
     *(f"generation.cache.{name}" for name in ("bypass_read", "bypass_write", "salt")),
 }
@@ -120,11 +137,7 @@ OPERATORS = {
         "model",
         "text",
         "token_ids.ids",
-        *(
-            f"chat.messages[0].{name}"
-            for name in ("role", "content", "reasoning_content", "tool_call_id", "name")
-        ),
-        "chat.template_variables_json",
+        *CHAT,
         "time_to_live",
         "tenant",
     },
@@ -165,7 +178,9 @@ def test_an_empty_member_of_a_oneof_is_a_choice() -> None:
     assert error.field == "generation.structured_output.json_object"
 
 
-def test_the_path_names_the_entry_of_a_list() -> None:
+def test_the_path_names_the_entry_of_a_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    works = supported._SUPPORTED_FIELDS - {"mili.v1.ChatMessage.tool_calls"}
+    monkeypatch.setattr(supported, "_SUPPORTED_FIELDS", works)
     request = pb.GenerateRequest()
     for _ in range(3):
         request.generation.chat.messages.add(role="user", content="x")

@@ -9,11 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mili.router.output import DetokenizedOutput
-from mili.router.request import TextOutput
+from mili.router.request import Finish, FinishReason
 from mili.router.tokenizer import Tokenizer
 from tests.tokenizer_folders import byte_level, every_kind, model_folder, smollm2_folder
 
 KINDS = dict(every_kind())
+ENDED = Finish(FinishReason.MAX_TOKENS)
 SLOW_SETUP = [HealthCheck.function_scoped_fixture]
 
 
@@ -40,7 +41,9 @@ def output(
     )
 
 
-def run(text_output: TextOutput, ids: list[int], min_tokens: int = 0) -> tuple[str, str | None]:
+def run(
+    text_output: DetokenizedOutput, ids: list[int], min_tokens: int = 0
+) -> tuple[str, str | None]:
     """Return all text, and the match if a push reported one."""
     shown, matched = "", None
     for count, token_id in enumerate(ids, start=1):
@@ -48,7 +51,7 @@ def run(text_output: TextOutput, ids: list[int], min_tokens: int = 0) -> tuple[s
         shown += text_output.take()
         if matched is not None:
             break
-    text_output.finish()
+    text_output.finish(ENDED)
     return shown + text_output.take(), matched
 
 
@@ -117,7 +120,7 @@ def test_text_is_held_only_while_a_stop_may_be_in_it(bytewise: Tokenizer) -> Non
         if matched:
             break
     assert shown == ["a", " ", *[""] * 5, "hello ", *[""] * 6]
-    text_output.finish()
+    text_output.finish(ENDED)
     assert text_output.take() == ""
 
 
@@ -126,7 +129,7 @@ def test_the_rest_of_the_token_that_completes_a_stop_is_dropped(bytewise: Tokeni
     for include, expected in ((False, "é"), (True, "ét")):
         text_output = output(bytewise, "t", include=include)
         assert text_output.push(token_id, may_stop=True) == "t"
-        text_output.finish()
+        text_output.finish(ENDED)
         assert text_output.take() == expected
 
 

@@ -75,7 +75,15 @@ def test_every_request_equals_the_model_alone(part: int) -> None:
     totals = run_simulations(load_core(), range(part * 40, (part + 1) * 40))
     print(dict(totals))
     assert totals["requests"] >= 5_000
-    for happening in ("preemptions", "recoveries", "cache hits", "recomputed", "chunks", "crashes"):
+    for happening in (
+        "preemptions",
+        "recoveries",
+        "cache hits",
+        "recomputed",
+        "chunks",
+        "crashes",
+        "edits",
+    ):
         assert totals[happening] >= 50, (happening, totals)
     assert totals["poisoned"] * 50 < totals["requests"], totals
     for reason in ("EOS", "STOP_TOKEN", "STOP_SEQUENCE", "MAX_TOKENS", "CONTEXT_LENGTH", "ERROR"):
@@ -103,14 +111,26 @@ PLANTED = {
     "tokens of ended rows are not skipped": (
         "scheduler",
         "            token = next(tokens) if num_new else None\n"
-        "            if request.finish is not None:\n                continue\n",
-        "            if request.finish is not None:\n                continue\n"
+        "            if request.finish is not None or request.is_cut:\n                continue\n",
+        "            if request.finish is not None or request.is_cut:\n                continue\n"
         "            token = next(tokens) if num_new else None\n",
     ),
     "what comes after the end counts": (
         "scheduler",
-        "            if request.finish is not None:\n                continue\n",
+        "            if request.finish is not None or request.is_cut:\n                continue\n",
         "",
+    ),
+    "what was sampled beside an edit counts": ("scheduler", " or request.is_cut:", ":"),
+    "an edited request goes on as it was": (
+        "scheduler",
+        "            self._requeue(request)\n\n    def _preempt",
+        "            pass\n\n    def _preempt",
+    ),
+    "an edited request stays cut": ("scheduler", "request.is_cut = False", "pass"),
+    "added tokens are not known": (
+        "scheduler",
+        "self.pace.num_known += num_new",
+        "self.pace.num_known += 1",
     ),
     "the oldest is preempted": ("scheduler", "= self.running.last", "= self.running.first"),
     "pending tokens survive the worker": (

@@ -34,6 +34,7 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     FINISH_REASON_CONTEXT_LENGTH: _FinishReason.ValueType  # 5
     FINISH_REASON_TIME_LIMIT: _FinishReason.ValueType  # 6
     FINISH_REASON_TOOL_CALLS: _FinishReason.ValueType  # 7
+    """The model ended its turn (EOS) after at least one tool call; with parse_tool_calls."""
     FINISH_REASON_CANCELLED: _FinishReason.ValueType  # 8
     FINISH_REASON_ERROR: _FinishReason.ValueType  # 9
     """This sequence failed alone (see Finished.error); its siblings go on."""
@@ -48,6 +49,7 @@ FINISH_REASON_MAX_TOKENS: FinishReason.ValueType  # 4
 FINISH_REASON_CONTEXT_LENGTH: FinishReason.ValueType  # 5
 FINISH_REASON_TIME_LIMIT: FinishReason.ValueType  # 6
 FINISH_REASON_TOOL_CALLS: FinishReason.ValueType  # 7
+"""The model ended its turn (EOS) after at least one tool call; with parse_tool_calls."""
 FINISH_REASON_CANCELLED: FinishReason.ValueType  # 8
 FINISH_REASON_ERROR: FinishReason.ValueType  # 9
 """This sequence failed alone (see Finished.error); its siblings go on."""
@@ -257,11 +259,15 @@ class ChatPrompt(_message.Message):
     (Not a Struct: that turns integers into floats and loses the order of keys.)
     """
     continue_final_message: _builtins.bool
-    """Continue the last assistant message instead of opening a new one."""
+    """Continue the last message, the assistant's, instead of opening a new one. Refused where the
+    chat template changes what that message says.
+    """
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]: ...
     @_builtins.property
-    def tools(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolDefinition]: ...
+    def tools(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolDefinition]:
+        """Refused where the model's chat template would not show them to the model."""
+
     def __init__(
         self,
         *,
@@ -294,9 +300,12 @@ class ChatMessage(_message.Message):
     """Templates tell "absent" from "empty"."""
     reasoning_content: _builtins.str
     tool_call_id: _builtins.str
+    """Of a "tool" message: the call that it answers."""
     name: _builtins.str
     @_builtins.property
-    def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCall]: ...
+    def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCall]:
+        """What the assistant called. Refused where the chat template would not show them to the model."""
+
     def __init__(
         self,
         *,
@@ -358,6 +367,7 @@ class ToolCall(_message.Message):
     id: _builtins.str
     name: _builtins.str
     arguments_json: _builtins.str
+    """A JSON object; empty in a prompt is {}. In an output it is what the model wrote."""
     def __init__(
         self,
         *,
@@ -528,7 +538,10 @@ class StopConditions(_message.Message):
     include_stop_text: _builtins.bool
     ignore_eos: _builtins.bool
     max_reasoning_tokens: _builtins.int
-    """Close the thinking block after this many reasoning tokens."""
+    """Close the reasoning block, if it is still open after this many tokens (at least 1): a line
+    break, the closing tag and an empty line are put into the output, and the model goes on behind
+    them. They count as completion tokens. Refused for a model without tags for reasoning.
+    """
     @_builtins.property
     def stop_sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -592,8 +605,17 @@ class OutputOptions(_message.Message):
     skip_special_tokens: _builtins.bool
     """Defaults to true."""
     parse_reasoning: _builtins.bool
-    """Split reasoning and tool calls out of the text with the model's parsers."""
+    """Put the reasoning block that an output may begin with into reasoning_text, without its tags and
+    the line breaks next to them. The tags are those of the model's vocabulary, as <think> and
+    </think>; a model without any refuses this. A prompt may have opened the block. Stop sequences
+    are found in the raw text, tags included.
+    """
     parse_tool_calls: _builtins.bool
+    """Put tool calls into tool_calls; the syntax is the one that the model's chat template teaches:
+    Hermes and Qwen3, Llama 3.1's JSON, or DeepSeek V3's; a model with another refuses this. A call
+    is told once it can be nothing else, and what only looks like one stays text. One that
+    max_tokens cut, or that breaks JSON within its arguments, keeps the arguments that it has.
+    """
     timing: _builtins.bool
     """Where the time went, in the final event."""
     def __init__(
@@ -814,6 +836,9 @@ class Usage(_message.Message):
     cached_prompt_tokens: _builtins.int
     completion_tokens: _builtins.int
     reasoning_tokens: _builtins.int
+    """Those of completion_tokens that found the reasoning block open, its closing tag included; with
+    parse_reasoning, parse_tool_calls or max_reasoning_tokens.
+    """
     recomputed_tokens: _builtins.int
     """Tokens computed twice because of preemption or recovery; never billed as prompt tokens."""
     def __init__(
@@ -1084,9 +1109,12 @@ class ToolCallDelta(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     ARGUMENTS_JSON_FRAGMENT_FIELD_NUMBER: _builtins.int
     position: _builtins.int
+    """Which of the sequence's calls, from 0."""
     id: _builtins.str
+    """id and name are set in a call's first delta only. The server makes the id."""
     name: _builtins.str
     arguments_json_fragment: _builtins.str
+    """All of a call's fragments together are its arguments."""
     def __init__(
         self,
         *,

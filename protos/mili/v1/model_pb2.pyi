@@ -56,7 +56,11 @@ class Model(_message.Message):
     @_builtins.property
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
-    def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """"generate", "chat" with a chat template, "parse_reasoning" and "parse_tool_calls" where the
+        output options of these names work.
+        """
+
     def __init__(
         self,
         *,

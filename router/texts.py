@@ -1,0 +1,68 @@
+"""The text of each request: which of it is made, and how it is taken apart.
+
+Owns what a prompt says about its output's beginning. Does not know who reads the text.
+"""
+
+from __future__ import annotations
+
+from mili.router.output import DetokenizedOutput, ParsedOutput
+from mili.router.parsers.formats import Formats
+from mili.router.parsers.output import OutputParser
+from mili.router.request import Forced, GenerationParams, TextOutput
+from mili.router.tokenizer import Tokenizer
+
+
+class Texts:
+    """Makes the texts of one model's requests. eos_token_ids: what ends a turn in a prompt."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, formats: Formats, eos_token_ids: tuple[int, ...]
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._formats = formats
+        self._turn_ends = frozenset(eos_token_ids)
+        tags = formats.reasoning
+        self._open_id = tokenizer.token_id(tags.open) if tags else None
+        self._close_id = tokenizer.token_id(tags.close) if tags else None
+        # The line breaks are those that chat templates write there.
+        closing = f"\n{tags.close}\n\n" if tags else ""
+        self._closing = Forced(tuple(tokenizer.encode(closing, add_special_tokens=False)))
+
+    def make(self, params: GenerationParams) -> TextOutput | None:
+        """Text is made where it is asked for, or where something is to be found in it."""
+        if params.is_parsed:
+            return ParsedOutput(
+                self._detokenized(params, self._formats.tags),
+                self._parser(params),
+                max_reasoning_tokens=params.max_reasoning_tokens,
+                closing=self._closing,
+            )
+        if params.text or params.stop_sequences:
+            return self._detokenized(params, frozenset())
+        return None
+
+    def _detokenized(self, params: GenerationParams, shown: frozenset[str]) -> DetokenizedOutput:
+        return DetokenizedOutput(
+            self._tokenizer,
+            skip_special_tokens=params.skip_special_tokens,
+            stop_sequences=params.stop_sequences,
+            include_stop_text=params.include_stop_text,
+            shown=shown,
+        )
+
+    def _parser(self, params: GenerationParams) -> OutputParser:
+        return OutputParser(
+            self._formats,
+            reasoning=params.parse_reasoning,
+            tool_calls=params.parse_tool_calls,
+            reasoning_open=self._leaves_reasoning_open(params),
+        )
+
+    def _leaves_reasoning_open(self, params: GenerationParams) -> bool:
+        """Tell whether the last turn of a prompt opens the block and does not close it."""
+        for token_id in reversed(params.prompt_token_ids):
+            if token_id == self._open_id:
+                return True
+            if token_id == self._close_id or token_id in self._turn_ends:
+                return False
+        return False
