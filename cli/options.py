@@ -33,6 +33,7 @@ WITHOUT_FLAG = frozenset(
         "insecure_worker_link",
         "kv_cache_memory_bytes",
         "kv_cache_memory_fraction",
+        "max_concurrent_rpcs",
         "max_queue_time",
         "log_format",
         "max_queued_requests",
