@@ -35,6 +35,7 @@ WITHOUT_FLAG = frozenset(
         "itl_goal",
         "kv_cache_memory_bytes",
         "kv_cache_memory_fraction",
+        "max_concurrent_rpcs",
         "max_queue_time",
         "log_format",
         "max_queued_requests",

@@ -70,6 +70,11 @@ class RouterConfig(BaseModel):
         ge=256,
         description="Tokens that may wait for the reader of a stream; with more it is ended.",
     )
+    max_concurrent_rpcs: int = Field(
+        default=8192,
+        ge=1,
+        description="Calls that may be open on a port, health checks apart; more are refused.",
+    )
     itl_goal: float = Field(
         default=0.05,
         gt=0,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mili.router.deadlines import Deadlines
+from mili.router.errors import Reason
 from mili.router.fair_share import FairShare
 from mili.router.fleet import Fleet
 from mili.router.ledger import Ledger
@@ -97,6 +98,7 @@ class Dispatch:
         requests = self._fleet.leaving(name)
         for request in requests:
             request.waiting_since = now
+            request.leave_worker(Reason.DRAINING)
         return self.place(requests, now) if requests else []
 
     def drop(self, ended: Sequence[Request], now: float) -> list[RequestOutput]:

@@ -16,6 +16,7 @@ from mili.internal.v1.step_pb2 import StepResult
 from mili.router.admission import Admission
 from mili.router.deadlines import Deadlines, end_if_over, times_of
 from mili.router.dispatch import Dispatch
+from mili.router.errors import Reason
 from mili.router.fair_share import FairShare
 from mili.router.faults import OnFault, reports_faults
 from mili.router.fleet import Fleet
@@ -244,6 +245,7 @@ class Engine:
         for request in requests:
             request.waiting_since = now
             self._ledger.note(request, now, "worker_lost", f"{group.name}: {reason}")
+            request.leave_worker(Reason.WORKER_LOST)
             judge(request)
         over = [request for request in requests if request.finish]
         going_on = [request for request in requests if not request.finish]

@@ -53,7 +53,7 @@ class Ledger:
         return self._journal.explain_ended(call_id)
 
     def started(self, admitted: Iterable[Request], now: float) -> list[RequestOutput]:
-        """What to tell those that were admitted now, if it is for the first time."""
+        """What to tell those that were admitted now, for the first time or by another worker."""
         outputs: list[RequestOutput] = []
         for request in admitted:
             if request.admitted_at is None:
@@ -61,6 +61,8 @@ class Ledger:
                 # The first of a call's sequences is also the first of them that starts.
                 if not request.index:
                     outputs.append(self._started(request, now))
+            elif request.moved is not None:
+                outputs.append(self._recovered(request, now))
         return outputs
 
     def _started(self, request: Request, now: float) -> RequestOutput:
@@ -72,6 +74,14 @@ class Ledger:
         self.note(request, now, "started", cached + why)
         start = Started(usage.prompt_tokens, usage.cached_prompt_tokens)
         return RequestOutput(request.request_id, started=start)
+
+    def _recovered(self, request: Request, now: float) -> RequestOutput:
+        return RequestOutput(
+            request.call_id,
+            first_token_index=request.num_output_tokens,
+            index=request.index,
+            recovery=request.recovered(now),
+        )
 
     def output(self, request: Request, token: int | None, now: float) -> RequestOutput:
         """What to tell a request after a step; the last output takes it off the books."""

@@ -139,11 +139,25 @@ class RequestOutput(NamedTuple):
     finished: Finished | None = None
     # Which of the call's sequences, from 0. (It hides tuple.index.)
     index: int = 0  # type: ignore[assignment]
+    # Set when another worker goes on with the sequence.
+    recovery: Recovery | None = None
 
 
 class Started(NamedTuple):
     prompt_tokens: int
     cached_prompt_tokens: int
+
+
+class Recovery(NamedTuple):
+    """The request moved to another worker, or to the same one after its restart.
+
+    reason: WORKER_LOST or DRAINING. gap: seconds from its last token, or its first admission, until
+    a worker went on with it.
+    """
+
+    reason: Reason
+    recomputed_tokens: int
+    gap: float
 
 
 class Usage(NamedTuple):
@@ -211,6 +225,7 @@ class Request:
         "is_cut",
         "last_token_at",
         "max_length",
+        "moved",
         "namespace",
         "num_admissions",
         "num_cached_prompt_tokens",
@@ -283,6 +298,8 @@ class Request:
         self.num_admissions = 0
         self.num_preemptions = 0
         self.num_recoveries = 0
+        # Why it left the worker that had begun it, and num_recomputed then, until another goes on.
+        self.moved: tuple[Reason, int] | None = None
         # Workers that died while a step of theirs computed this request: ever, and since its last
         # new token. A strike is such a death in which it was the only suspect.
         self.total_deaths = 0
@@ -341,6 +358,18 @@ class Request:
             recoveries=self.num_recoveries,
             worker=self.worker,
         )
+
+    def leave_worker(self, reason: Reason) -> None:
+        """Its worker cannot go on with it: if that had begun, the caller hears of the next."""
+        if self.num_admissions:
+            self.moved = reason, self.num_recomputed
+
+    def recovered(self, now: float) -> Recovery:
+        """A worker goes on with it."""
+        assert self.moved is not None and self.admitted_at is not None
+        (reason, num_recomputed), self.moved = self.moved, None
+        since = self.admitted_at if self.last_token_at is None else self.last_token_at
+        return Recovery(reason, self.num_recomputed - num_recomputed, now - since)
 
     def accept(self, token_id: int) -> None:
         """The next token is known: append it, and set `finish` if it ends the request."""

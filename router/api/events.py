@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from mili.router.api.status import clip, code_number, duration
 from mili.router.api.stream import Gathered
 from mili.router.api.texts import fill_text
-from mili.router.request import Finish, Finished, FinishReason, Started, Timing, Usage
+from mili.router.request import Finish, Finished, FinishReason, Recovery, Started, Timing, Usage
 from mili.v1 import inference_pb2 as pb
 
 
@@ -25,6 +25,9 @@ class Answering:
     instance_id: str
     seed: int
     options: pb.OutputOptions
+    # Empty unless the stream can be resumed.
+    resume_token: str = ""
+    recovery_notices: bool = False
 
 
 def stream_events(
@@ -37,6 +40,14 @@ def stream_events(
         _fill_started(response.event.started, answering, gathered.started)
         yield response
         sequence += 1
+    if gathered.recoveries and answering.recovery_notices:
+        for recovery in gathered.recoveries:
+            response = pb.GenerateStreamResponse()
+            response.event.sequence = sequence
+            response.event.recovery.index = gathered.index
+            _fill_recovery(response.event.recovery, recovery)
+            yield response
+            sequence += 1
     if gathered.token_ids or gathered.text:
         response = pb.GenerateStreamResponse()
         response.event.sequence = sequence
@@ -98,6 +109,13 @@ def _fill_started(started: pb.Started, answering: Answering, admitted: Started) 
     started.seed = answering.seed
     started.request_id = answering.request_id
     started.instance_id = answering.instance_id
+    started.resume_token = answering.resume_token
+
+
+def _fill_recovery(notice: pb.RecoveryNotice, recovery: Recovery) -> None:
+    notice.reason = recovery.reason
+    notice.recomputed_tokens = recovery.recomputed_tokens
+    notice.gap.CopyFrom(duration(recovery.gap))
 
 
 def _fill_delta(delta: pb.Delta, options: pb.OutputOptions, gathered: Gathered) -> None:

@@ -1,7 +1,7 @@
 """The one interceptor of both listeners: whatever goes wrong leaves as a status of the contract.
 
-Owns the order in which a call is let in (who calls, then what is asked), reading and parsing
-requests, and turning exceptions into statuses. Does not know services.
+Owns the order in which a call is let in (is there room, who calls, then what is asked), reading and
+parsing requests, and turning exceptions into statuses. Does not know services.
 """
 
 from __future__ import annotations
@@ -16,11 +16,15 @@ import structlog
 from google.protobuf.message import DecodeError
 from grpc import aio
 
+from mili.router.api.health import SERVICE_NAME as HEALTH
 from mili.router.api.identity import Identity
 from mili.router.api.status import Context, abort
 from mili.router.errors import Reason, RequestError
 
 _log = structlog.get_logger()
+
+# When one of so many calls has ended, nobody knows; most last for seconds.
+_RETRY_AFTER = 1.0
 
 _Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
@@ -33,10 +37,14 @@ class Guard(aio.ServerInterceptor):
     """
 
     def __init__(
-        self, identity: Identity, on_failure: Callable[[Reason], None] = lambda reason: None
+        self,
+        identity: Identity,
+        max_calls: int,
+        on_failure: Callable[[Reason], None] = lambda reason: None,
     ) -> None:
         """on_failure hears the reason of every call that ends with an error of ours."""
         self._identity = identity
+        self._open_calls = OpenCalls(max_calls)
         self._on_failure = on_failure
         self._guarded: dict[str, _Handler] = {}
 
@@ -50,25 +58,61 @@ class Guard(aio.ServerInterceptor):
             handler = await continuation(handler_call_details)
             if handler is None:
                 return None  # grpc answers UNIMPLEMENTED
-            self._guarded[method] = _guard(method, handler, self._identity, self._on_failure)
+            let_in = self._let_in(method)
+            self._guarded[method] = _guard(method, handler, let_in, self._on_failure)
         return self._guarded[method]
+
+    def _let_in(self, method: str) -> Callable[[Context], None]:
+        """A health check is always answered: else a probe would end a server that is only busy."""
+
+        def let_in(context: Context) -> None:
+            if method != f"/{HEALTH}/Check":
+                self._open_calls.add(context)
+            self._identity.establish(method, context)
+
+        return let_in
+
+
+class OpenCalls:
+    """How many calls of a listener are open.
+
+    A call costs memory until its status is read, or its connection or deadline ends. Keepalive ends
+    the connections of clients that are gone; gRPC lets nobody end the call of one that is there and
+    does not read. So their number has a limit.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._count = 0
+
+    def add(self, context: Context) -> None:
+        """Count a call until it is over; raise RequestError where it is too many."""
+        if self._count >= self._limit:
+            message = f"{self._limit} calls are open, which is as many as may"
+            raise RequestError(Reason.TOO_MANY_CALLS, message, retry_after=_RETRY_AFTER)
+        self._count += 1
+        # The stubs want a class of their own here, which is no protocol.
+        context.add_done_callback(self._remove)  # type: ignore[arg-type]
+
+    def _remove(self, _: Context) -> None:
+        self._count -= 1
 
 
 def _guard(
     method: str,
     handler: Any,  # noqa: ANN401 - the stubs lack coroutines
-    identity: Identity,
+    let_in: Callable[[Context], None],
     on_failure: Callable[[Reason], None],
 ) -> _Handler:
     async def answer_one(requests: AsyncIterator[bytes], context: Context) -> Any:  # noqa: ANN401
         async with _errors_as_status(method, context, on_failure):
-            identity.establish(method, context)
+            let_in(context)
             request = await _only(requests, handler.request_deserializer)
             return await handler.unary_unary(request, context)
 
     async def answer_many(requests: AsyncIterator[bytes], context: Context) -> None:
         async with _errors_as_status(method, context, on_failure):
-            identity.establish(method, context)
+            let_in(context)
             if handler.request_streaming:
                 parsed = _each(requests, handler.request_deserializer)
                 responses = handler.stream_stream(parsed, context)

@@ -24,6 +24,7 @@ from mili.router.api.guard import Guard
 from mili.router.api.health import Health
 from mili.router.api.identity import Identity
 from mili.router.api.inference import InferenceService
+from mili.router.api.kept import KeptGenerations
 from mili.router.api.model import ModelService, ServedModel
 from mili.router.api.pins import Pins
 from mili.router.api.prompt import PromptReader, TextThreads
@@ -107,6 +108,7 @@ class ApiServer:
         self._inference = InferenceService(
             engine=engine,
             streams=self._streams,
+            kept=KeptGenerations(self._streams, self.instance_id, config.max_unread_tokens),
             model=model,
             defaults=defaults,
             prompts=prompts,
@@ -175,7 +177,10 @@ class ApiServer:
         tenants: Tenants,
     ) -> int:
         server = aio.server(
-            interceptors=[Guard(Identity(tenants), self._on_failure)], options=_OPTIONS
+            interceptors=[
+                Guard(Identity(tenants), self._config.max_concurrent_rpcs, self._on_failure)
+            ],
+            options=_OPTIONS,
         )
         add_services(server)
         self._health.add_to(server)

@@ -30,6 +30,8 @@ _CODES = {
     Reason.MODEL_NOT_FOUND: grpc.StatusCode.NOT_FOUND,
     Reason.REQUEST_NOT_FOUND: grpc.StatusCode.NOT_FOUND,
     Reason.REQUEST_ID_CONFLICT: grpc.StatusCode.ALREADY_EXISTS,
+    Reason.EVENTS_DROPPED: grpc.StatusCode.OUT_OF_RANGE,
+    Reason.OTHER_INSTANCE: grpc.StatusCode.FAILED_PRECONDITION,
     Reason.WORKER_NOT_FOUND: grpc.StatusCode.NOT_FOUND,
     Reason.PIN_NOT_FOUND: grpc.StatusCode.NOT_FOUND,
     Reason.UNAUTHENTICATED: grpc.StatusCode.UNAUTHENTICATED,
@@ -38,6 +40,7 @@ _CODES = {
     Reason.QUEUE_TIMEOUT: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Reason.TENANT_RATE_LIMIT: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Reason.TENANT_QUOTA: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Reason.TOO_MANY_CALLS: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Reason.SLOW_READER: grpc.StatusCode.RESOURCE_EXHAUSTED,
     Reason.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,
     Reason.DEADLINE_UNREACHABLE: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -52,6 +55,7 @@ _RETRYABLE = frozenset(
     {
         Reason.QUEUE_FULL,
         Reason.QUEUE_TIMEOUT,
+        Reason.TOO_MANY_CALLS,
         Reason.TENANT_RATE_LIMIT,
         Reason.NO_WORKERS,
         Reason.DRAINING,
@@ -66,13 +70,21 @@ _DEFAULT_RETRY_AFTER = 1.0
 _MAX_TEXT = 512
 
 
-class NotFoundError(RequestError):
-    """The thing that the caller named does not exist; `kind` is its message type's name."""
+class ResourceError(RequestError):
+    """An error about one thing: `kind` is its message type's name."""
 
-    def __init__(self, reason: Reason, kind: str, name: str, *, field: str) -> None:
+    def __init__(self, reason: Reason, kind: str, name: str, message: str, *, field: str) -> None:
         self.kind = kind
         self.name = clip(name, 128)
-        super().__init__(reason, f"there is no {kind} {self.name!r}", field=field)
+        super().__init__(reason, message, field=field)
+
+
+class NotFoundError(ResourceError):
+    """The thing that the caller named does not exist."""
+
+    def __init__(self, reason: Reason, kind: str, name: str, *, field: str) -> None:
+        message = f"there is no {kind} {clip(name, 128)!r}"
+        super().__init__(reason, kind, name, message, field=field)
 
 
 def clip(text: str, length: int = _MAX_TEXT) -> str:
@@ -127,7 +139,7 @@ def _details(error: RequestError, retry_after: float | None) -> list[Message]:
             field=clip(error.field), description=clip(error.message), reason=error.reason
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    if isinstance(error, NotFoundError):
+    if isinstance(error, ResourceError):
         details.append(
             error_details_pb2.ResourceInfo(
                 resource_type=error.kind, resource_name=error.name, description=error.message

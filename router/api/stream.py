@@ -7,6 +7,7 @@ decides that it was, or protobuf.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import NamedTuple
 
 from mili.router.errors import RequestError
@@ -15,6 +16,7 @@ from mili.router.request import (
     Finish,
     Finished,
     FinishReason,
+    Recovery,
     RequestOutput,
     Started,
     Timing,
@@ -34,6 +36,7 @@ class Gathered(NamedTuple):
     first_token_index: int
     finished: Finished | None
     index: int = 0  # type: ignore[assignment]  # It hides tuple.index.
+    recoveries: tuple[Recovery, ...] = ()
 
     @property
     def is_last(self) -> bool:
@@ -44,13 +47,14 @@ class Gathered(NamedTuple):
 class Unread:
     """What gathers for one sequence."""
 
-    __slots__ = ("finished", "first_token_index", "texts", "token_ids")
+    __slots__ = ("finished", "first_token_index", "recoveries", "texts", "token_ids")
 
     def __init__(self, first_token_index: int) -> None:
         self.texts: list[Text] = []
         self.token_ids: list[int] = []
         self.first_token_index = first_token_index
         self.finished: Finished | None = None
+        self.recoveries: tuple[Recovery, ...] = ()
 
 
 _NOTHING_UNREAD = Unread(0)
@@ -69,7 +73,12 @@ class Stream:
         self.submitted = False
         self.finished: Finished | None = None
         self.whole = whole
+        self.ready = not whole  # for a turn of the reader, whenever there is output
         self.due = 0.0  # not woken before that time of the loop
+        # Called when the id's life is over; `finished` is set unless the request never began.
+        self.on_end: list[Callable[[], None]] = []
+        # Also when it is cut: another reader may come.
+        self.keeps_unread = False
         self.num_unread_characters = 0
         self.num_unread_tokens = 0
         self._started: Started | None = None
@@ -91,6 +100,8 @@ class Stream:
         unread = self._unread.get(index)
         if unread is None:
             unread = self._unread[index] = Unread(output.first_token_index)
+        if output.recovery is not None:
+            unread.recoveries += (output.recovery,)
         unread.token_ids += token_ids
         self.num_unread_tokens += len(token_ids)
         if text:
@@ -114,14 +125,16 @@ class Stream:
         self.wake()
 
     def cut(self, error: RequestError) -> None:
-        """Drop what is unread: the stream will end with the error, however the request ends.
+        """Drop what is unread, unless it is kept: the stream will end with the error, however the
+        request ends.
 
         A message that the reader has not taken yet stays with its call, until it takes it, gives
         up, or its connection or deadline ends: gRPC lets nobody else end a call.
         """
         self._error = error
-        self._unread.clear()
-        self.num_unread_tokens = self.num_unread_characters = 0
+        if not self.keeps_unread:
+            self._unread.clear()
+            self.num_unread_tokens = self.num_unread_characters = 0
 
     async def take(self) -> Gathered:
         """Wait for output, and return all of it, of one sequence after the other."""
@@ -129,15 +142,15 @@ class Stream:
             self._waiter = self._loop.create_future()
             await self._waiter
         self._waiter = None
-        index = next(iter(self._unread), 0)
-        unread = self._unread.pop(index, _NOTHING_UNREAD)
-        self.woken = bool(self._unread)
+        index, unread = self._next()
         text = join(unread.texts)
         self.num_unread_tokens -= len(unread.token_ids)
         self.num_unread_characters -= len(text)
         started, self._started = self._started, None
         first = unread.first_token_index
-        return Gathered(started, text, unread.token_ids, first, unread.finished, index)
+        return Gathered(
+            started, text, unread.token_ids, first, unread.finished, index, unread.recoveries
+        )
 
     async def take_all(self) -> list[Gathered]:
         """Wait for the end, and return what each sequence gave: of a stream that is read whole."""
@@ -146,9 +159,17 @@ class Stream:
             gathered.append(await self.take())
         return gathered
 
+    def _next(self) -> tuple[int, Unread]:
+        """Which sequence to read now, and what of it; `woken` says whether there is more."""
+        index = next(iter(self._unread), 0)
+        unread = self._unread.pop(index, _NOTHING_UNREAD)
+        self.woken = bool(self._unread)
+        return index, unread
+
     def _fail(self, finished: Finished, error: RequestError) -> None:
         """The last sequence has ended after the stream was cut."""
         failed = Finish(FinishReason.ERROR, error=error)
         self.finished = finished._replace(finish=failed, others_succeeded=False)
-        self._unread[0] = Unread(0)
-        self._unread[0].finished = self.finished
+        last = self._unread.pop(0, None) or Unread(0)
+        last.finished = self.finished
+        self._unread[0] = last

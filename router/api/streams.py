@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
+from mili.router.api.coalesced import CoalescedStream
 from mili.router.api.engine import Engine
 from mili.router.api.pacing import Pacer
 from mili.router.api.stream import Stream
+from mili.router.api.stream_options import Flush
 from mili.router.errors import Reason, RequestError
 from mili.router.request import Finish, FinishReason, GenerationParams, RequestOutput
 
@@ -42,7 +44,7 @@ class Streams:
     def __len__(self) -> int:
         return len(self._live)
 
-    def open(self, request_id: str, *, whole: bool) -> Stream:
+    def open(self, request_id: str, *, whole: bool, flush: Flush | None = None) -> Stream:
         """Make a request id live; raise RequestError where it is, or while draining."""
         if self._draining:
             raise RequestError(Reason.DRAINING, "the server is shutting down")
@@ -50,7 +52,8 @@ class Streams:
             raise RequestError(
                 Reason.REQUEST_ID_CONFLICT, "a request of this id is running", field="request_id"
             )
-        stream = self._live[request_id] = Stream(request_id, whole=whole)
+        stream = CoalescedStream(request_id, flush) if flush else Stream(request_id, whole=whole)
+        self._live[request_id] = stream
         self._empty.clear()
         return stream
 
@@ -71,7 +74,7 @@ class Streams:
             if stream.finished is not None:
                 self._forget(stream)
                 self._pacer.add(stream, urgent=True)
-            elif not stream.whole:
+            elif stream.ready:
                 # The first token does not wait for its turn.
                 self._pacer.add(stream, urgent=output.first_token_index == 0)
                 if stream.woken and self._is_slow(stream):
@@ -136,3 +139,5 @@ class Streams:
             del self._ended[next(iter(self._ended))]
         if not self._live:
             self._empty.set()
+        for hear in stream.on_end:
+            hear()

@@ -17,7 +17,10 @@ from mili.router.errors import Reason, RequestError
 # By message type; a field that is not here is refused, so that a new one cannot be ignored.
 _SUPPORTED = {
     "GenerateRequest": "request_id generation",
-    "GenerateStreamRequest": "request_id generation",
+    "GenerateStreamRequest": "request_id generation stream_options",
+    "StreamOptions": "max_tokens_per_message max_flush_interval resume_window"
+    " include_recovery_notices",
+    "AttachStreamRequest": "resume_token after_sequence",
     "Generation": "model text token_ids chat sampling stopping output scheduling cache"
     " truncate_prompt_tokens add_special_tokens",
     "TokenIds": "ids",

@@ -300,20 +300,6 @@ async def test_cancel_of_an_unknown_id(stub: Stub) -> None:
     assert await reason_of(call) == "REQUEST_NOT_FOUND"
 
 
-async def test_a_live_id_again(stub: Stub, engine: FakeEngine) -> None:
-    first = stub.GenerateStream(asking(2, "mine"))
-    await engine.submitted.get()
-    second = stub.GenerateStream(asking(2, "mine"))
-    assert await second.code() is grpc.StatusCode.ALREADY_EXISTS
-    assert await reason_of(second) == "REQUEST_ID_CONFLICT"
-    await engine.run()
-    assert [response async for response in first]
-    third = stub.GenerateStream(asking(2, "mine"))
-    await engine.submitted.get()
-    await engine.run()
-    assert [response async for response in third]
-
-
 async def test_two_hundred_streams_and_a_third_of_them_leave(
     stub: Stub, engine: FakeEngine
 ) -> None:

@@ -204,10 +204,8 @@ async def test_truncated_prompts_keep_their_end(public: aio.Channel, api: Api) -
 
 
 async def test_unserved_methods_say_so(public: aio.Channel) -> None:
-    inference = inference_pb2_grpc.InferenceServiceStub(public)
     embedding = embedding_pb2_grpc.EmbeddingServiceStub(public)
     calls: list[Any] = [
-        inference.AttachStream(inference_pb2.AttachStreamRequest()),
         embedding.Embed(embedding_pb2.EmbedRequest()),
         embedding.Score(embedding_pb2.ScoreRequest()),
     ]

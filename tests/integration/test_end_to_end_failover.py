@@ -9,8 +9,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from grpc.aio import insecure_channel
 
 from mili.client import AsyncClient, Unavailable
+from mili.client.requests import build_generation
+from mili.v1 import inference_pb2 as pb
+from mili.v1.inference_pb2_grpc import InferenceServiceStub
 from tests.model_folders import make_model_folder
 from tests.serving import STEADY, Served, serving
 from tests.streams import (
@@ -72,6 +76,36 @@ async def test_a_killed_worker_is_restarted_and_every_stream_goes_on(
     assert len(moved) > 8, "too late: few were disturbed"
     assert all(generation.usage.recomputed_tokens > 0 for generation in moved)
     assert [child.pid for child in served.children("worker")] != [worker.pid]
+    await until_quiet(served.admin)
+
+
+async def test_a_caller_that_comes_back_after_its_worker_died_misses_nothing(
+    served: Served, undisturbed: list[Told]
+) -> None:
+    job = JOBS[0]._asdict() | {"temperature": 0, "ignore_eos": True}
+    request = pb.GenerateStreamRequest(generation=build_generation(job.pop("prompt"), job))
+    request.stream_options.resume_window.seconds = 60
+    request.stream_options.include_recovery_notices = True
+    events: list[pb.StreamEvent] = []
+    async with insecure_channel(served.address) as channel:
+        async for response in InferenceServiceStub(channel).GenerateStream(request):
+            events.append(response.event)
+            if response.event.delta.first_token_index >= 20:
+                break
+    (worker,) = served.children("worker")
+    worker.kill()
+    attach = pb.AttachStreamRequest(
+        resume_token=events[0].started.resume_token, after_sequence=len(events)
+    )
+    async with insecure_channel(served.address) as channel:
+        async for attached in InferenceServiceStub(channel).AttachStream(attach):
+            events.append(attached.event)
+
+    assert [event.sequence for event in events] == list(range(1, len(events) + 1))
+    token_ids = [token for event in events for token in event.delta.token_ids]
+    assert tuple(token_ids) == undisturbed[0].token_ids
+    (notice,) = [event.recovery for event in events if event.HasField("recovery")]
+    assert (notice.reason, notice.recomputed_tokens > 0) == ("WORKER_LOST", True)
     await until_quiet(served.admin)
 
 

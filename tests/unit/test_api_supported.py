@@ -61,6 +61,15 @@ WORKING = {
     *(f"generation.scheduling.{name}" for name in ("priority", "max_queue_time", "session_id")),
     *(f"generation.cache.{name}" for name in ("bypass_read", "bypass_write", "salt")),
 }
+STREAMING = {
+    f"stream_options.{name}"
+    for name in (
+        "max_tokens_per_message",
+        "max_flush_interval",
+        "resume_window",
+        "include_recovery_notices",
+    )
+}
 DURATION = "google.protobuf.Duration"
 
 
@@ -112,8 +121,17 @@ def refused(message: Message) -> RequestError | None:
     return None
 
 
-@pytest.mark.parametrize("request_type", [pb.GenerateRequest, pb.GenerateStreamRequest])
-def test_exactly_the_working_fields_are_taken(request_type: type[Message]) -> None:
+@pytest.mark.parametrize(
+    ("request_type", "working"),
+    [
+        (pb.GenerateRequest, WORKING),
+        (pb.GenerateStreamRequest, WORKING | STREAMING),
+        (pb.AttachStreamRequest, {"resume_token", "after_sequence"}),
+    ],
+)
+def test_exactly_the_working_fields_are_taken(
+    request_type: type[Message], working: set[str]
+) -> None:
     request = request_type()
     taken = set()
     for path in leaves(request, request_type.DESCRIPTOR):
@@ -125,7 +143,7 @@ def test_exactly_the_working_fields_are_taken(request_type: type[Message]) -> No
         # A list or a oneof's member that does not work is named as a whole.
         assert path.startswith(error.field), path
         assert error.field in str(error)
-    assert taken == WORKING
+    assert taken == working
 
 
 OPERATORS = {

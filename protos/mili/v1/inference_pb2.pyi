@@ -138,8 +138,11 @@ class GenerateRequest(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Idempotency key, unique per tenant; empty = the router makes one. The same id with the same
-    body joins or replays the running generation (so a client may retry); with another body it
-    is ALREADY_EXISTS.
+    request joins the generation while it runs, and gets its answer again for two minutes after it
+    has ended (less where many answers wait), so that a client may retry; nothing is charged twice.
+    With another request it is ALREADY_EXISTS. One that failed may be asked for again at once. A
+    generation is cancelled when the last call that waits for it is gone (see resume_window), and
+    ends at the deadline of the first.
     """
     @_builtins.property
     def generation(self) -> Global___Generation: ...
@@ -166,8 +169,11 @@ class GenerateStreamRequest(_message.Message):
     STREAM_OPTIONS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Idempotency key, unique per tenant; empty = the router makes one. The same id with the same
-    body joins or replays the running generation (so a client may retry); with another body it
-    is ALREADY_EXISTS.
+    request joins the generation while it runs, and gets its answer again for two minutes after it
+    has ended (less where many answers wait), so that a client may retry; nothing is charged twice.
+    With another request it is ALREADY_EXISTS. One that failed may be asked for again at once. A
+    generation is cancelled when the last call that waits for it is gone (see resume_window), and
+    ends at the deadline of the first.
     """
     @_builtins.property
     def generation(self) -> Global___Generation: ...
@@ -197,15 +203,25 @@ class StreamOptions(_message.Message):
     RESUME_WINDOW_FIELD_NUMBER: _builtins.int
     INCLUDE_RECOVERY_NOTICES_FIELD_NUMBER: _builtins.int
     max_tokens_per_message: _builtins.int
-    """Coalesce: a delta is flushed at this many tokens or this much time, whichever first."""
+    """Coalesce: a delta is sent at this many tokens or this much time, whichever comes first; it never
+    has more tokens, and the last of a stream may have fewer. From 1 to 1,024. Unset = as the server
+    likes, and with max_flush_interval 1,024.
+    """
     include_recovery_notices: _builtins.bool
     """Send a RecoveryNotice when the generation moved to another worker."""
     @_builtins.property
-    def max_flush_interval(self) -> _duration_pb2.Duration: ...
+    def max_flush_interval(self) -> _duration_pb2.Duration:
+        """Above 0 and up to 10 s, from the first token of a delta. Unset = no limit of time where
+        max_tokens_per_message is set.
+        """
+
     @_builtins.property
     def resume_window(self) -> _duration_pb2.Duration:
-        """Keep the generation alive and replayable this long after the connection is lost.
-        Unset or zero = a lost connection cancels the generation.
+        """Keep the generation alive and replayable this long after its last call is gone: by a lost
+        connection or by the client's own cancellation, which the server cannot tell apart;
+        CancelGeneration ends it. At most 10 minutes. Unset or zero = it is cancelled at once. The
+        deadline of the first call ends the generation all the same. What nobody reads is bounded: with
+        too much of it the generation ends with SLOW_READER, and what there is can still be read.
         """
 
     def __init__(
@@ -1183,25 +1199,37 @@ Global___Finished: _TypeAlias = Finished  # noqa: Y015
 
 @_typing.final
 class RecoveryNotice(_message.Message):
+    """The generation moved to another worker, or to the same one after its restart, and goes on there.
+    Its tokens go on as if nothing had happened.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REASON_FIELD_NUMBER: _builtins.int
     RECOMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
     GAP_FIELD_NUMBER: _builtins.int
+    INDEX_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
+    """WORKER_LOST, or DRAINING where an operator moved it."""
     recomputed_tokens: _builtins.int
+    """Tokens that are computed a second time because of this."""
+    index: _builtins.int
+    """Which of the num_sequences."""
     @_builtins.property
-    def gap(self) -> _duration_pb2.Duration: ...
+    def gap(self) -> _duration_pb2.Duration:
+        """From the last token, or the start, until a worker went on."""
+
     def __init__(
         self,
         *,
         reason: _builtins.str = ...,
         recomputed_tokens: _builtins.int = ...,
         gap: _duration_pb2.Duration | None = ...,
+        index: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["gap", b"gap"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gap", b"gap", "reason", b"reason", "recomputed_tokens", b"recomputed_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gap", b"gap", "index", b"index", "reason", b"reason", "recomputed_tokens", b"recomputed_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1275,22 +1303,21 @@ class AttachStreamRequest(_message.Message):
 
     RESUME_TOKEN_FIELD_NUMBER: _builtins.int
     AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
-    STREAM_OPTIONS_FIELD_NUMBER: _builtins.int
     resume_token: _builtins.str
     after_sequence: _builtins.int
-    """The last sequence the caller has; 0 = from the start."""
-    @_builtins.property
-    def stream_options(self) -> Global___StreamOptions: ...
+    """The last sequence the caller has; 0 = from the start. Events that are no longer held are
+    OUT_OF_RANGE with EVENTS_DROPPED: of a long stream the oldest are forgotten. With the last event
+    of a stream that has ended nothing is sent, and the stream is forgotten.
+    """
     def __init__(
         self,
         *,
         resume_token: _builtins.str = ...,
         after_sequence: _builtins.int = ...,
-        stream_options: Global___StreamOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["stream_options", b"stream_options"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "resume_token", b"resume_token", "stream_options", b"stream_options"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "resume_token", b"resume_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

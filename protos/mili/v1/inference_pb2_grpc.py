@@ -81,7 +81,10 @@ class InferenceServiceServicer:
 
     def AttachStream(self, request, context):
         """Re-attach to a running or recently finished stream after a lost connection, with the
-        resume_token that Started carried; it also names the router that holds the stream.
+        resume_token that Started carried; it also names the router that holds the stream: another one
+        answers FAILED_PRECONDITION with OTHER_INSTANCE and that router's instance_id as ResourceInfo.
+        A token that is unknown, expired or another tenant's is NOT_FOUND. The events are those of the
+        first call, with the same numbers, and the status at the end is the generation's own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -44,7 +44,10 @@ class InferenceServiceStub:
     """
     AttachStream: _grpc.UnaryStreamMultiCallable[_inference_pb2.AttachStreamRequest, _inference_pb2.AttachStreamResponse]
     """Re-attach to a running or recently finished stream after a lost connection, with the
-    resume_token that Started carried; it also names the router that holds the stream.
+    resume_token that Started carried; it also names the router that holds the stream: another one
+    answers FAILED_PRECONDITION with OTHER_INSTANCE and that router's instance_id as ResourceInfo.
+    A token that is unknown, expired or another tenant's is NOT_FOUND. The events are those of the
+    first call, with the same numbers, and the status at the end is the generation's own.
     """
     CancelGeneration: _grpc.UnaryUnaryMultiCallable[_inference_pb2.CancelGenerationRequest, _inference_pb2.CancelGenerationResponse]
     """Cancel by id, for callers that do not hold the original call. The open stream ends with
@@ -67,7 +70,10 @@ class InferenceServiceAsyncStub(InferenceServiceStub):
     """
     AttachStream: _aio.UnaryStreamMultiCallable[_inference_pb2.AttachStreamRequest, _inference_pb2.AttachStreamResponse]  # type: ignore[assignment]
     """Re-attach to a running or recently finished stream after a lost connection, with the
-    resume_token that Started carried; it also names the router that holds the stream.
+    resume_token that Started carried; it also names the router that holds the stream: another one
+    answers FAILED_PRECONDITION with OTHER_INSTANCE and that router's instance_id as ResourceInfo.
+    A token that is unknown, expired or another tenant's is NOT_FOUND. The events are those of the
+    first call, with the same numbers, and the status at the end is the generation's own.
     """
     CancelGeneration: _aio.UnaryUnaryMultiCallable[_inference_pb2.CancelGenerationRequest, _inference_pb2.CancelGenerationResponse]  # type: ignore[assignment]
     """Cancel by id, for callers that do not hold the original call. The open stream ends with
@@ -105,7 +111,10 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.AttachStreamResponse], _abc.AsyncIterator[_inference_pb2.AttachStreamResponse]]:
         """Re-attach to a running or recently finished stream after a lost connection, with the
-        resume_token that Started carried; it also names the router that holds the stream.
+        resume_token that Started carried; it also names the router that holds the stream: another one
+        answers FAILED_PRECONDITION with OTHER_INSTANCE and that router's instance_id as ResourceInfo.
+        A token that is unknown, expired or another tenant's is NOT_FOUND. The events are those of the
+        first call, with the same numbers, and the status at the end is the generation's own.
         """
 
     @_abc_1.abstractmethod
