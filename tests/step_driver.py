@@ -60,8 +60,12 @@ class StepDriver:
         sampling: Sampling | None = None,
         *,
         shared: Sequence[int] = (),
+        **asked: int,
     ) -> None:
-        """Admit a row with the next step. shared: blocks whose KV is computed already."""
+        """Admit a row with the next step. shared: blocks whose KV is computed already.
+
+        asked: fields of the admission that ask for more than tokens.
+        """
         self._num_admissions += 1
         self._next.admissions.append(
             Admission(
@@ -69,8 +73,8 @@ class StepDriver:
                 admission=self._num_admissions,
                 token_ids=np.array(token_ids, "<u4").tobytes(),
                 num_prompt_tokens=len(token_ids),
-                task=TASK_GENERATE,
                 sampling=sampling,
+                **({"task": TASK_GENERATE} | asked),
             )
         )
         self.tokens[row] = list(token_ids)

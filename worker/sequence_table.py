@@ -16,8 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 from mili.internal.v1.step_pb2 import Admission, StepCommand, Task
+from mili.worker.readings import MAX_WIDTH, Wanted, wanted_of
 
 TOKEN_BYTES = 4  # of an admission
+_TASKS = (Task.TASK_UNSPECIFIED, Task.TASK_GENERATE, Task.TASK_EMBED, Task.TASK_SCORE)
 
 
 class CommandError(Exception):
@@ -60,11 +62,14 @@ class SequenceTable:
         self.num_computed = [0] * max_rows
         # Not checked: the router may have sent commands for them before it could know.
         self.faulted: set[int] = set()
+        # Rows that are asked for more than tokens.
+        self.wanted: dict[int, Wanted] = {}
 
     def reset(self) -> None:
         """Forget every row: none is admitted any more."""
         self.num_known = [0] * self.max_rows
         self.faulted.clear()
+        self.wanted.clear()
 
     def take(self, command: StepCommand) -> Taken:
         """Count admissions and blocks: all that a launch needs. `check` must follow.
@@ -80,6 +85,9 @@ class SequenceTable:
                 self.num_computed[row] = -1
                 num_blocks[row] = 0
                 self.faulted.discard(row)
+                self.wanted.pop(row, None)
+                if (wanted := wanted_of(admission)) is not None:
+                    self.wanted[row] = wanted
             for row, block in zip(command.block_rows, command.block_ids, strict=False):
                 index = num_blocks[row]
                 num_blocks[row] = index + 1
@@ -107,12 +115,15 @@ class SequenceTable:
     def _check_admission(self, admission: Admission) -> None:
         row, sampling = admission.row, admission.sampling
         _require(row > 0, "there is no row {}", row)
-        _require(admission.task in (Task.TASK_UNSPECIFIED, Task.TASK_GENERATE), "unknown task")
+        _require(admission.task in _TASKS, "unknown task")
+        wanted = self.wanted.get(row)
+        if wanted is not None:
+            widest = max(wanted.sampled_width, wanted.scored_width)
+            _require(widest <= MAX_WIDTH, "row {}: too many alternatives", row)
+            _require(not wanted.scored or wanted.scored.start > 0, "row {}: score_from 0", row)
         unsupported = (
             admission.adapter,
             admission.grammar,
-            admission.HasField("num_logprobs"),
-            admission.HasField("score_from"),
             sampling.presence_penalty,
             sampling.frequency_penalty,
             sampling.bias_token_ids,
