@@ -12,6 +12,7 @@ from typing import NamedTuple
 from mili.hub.folder import ModelFolder
 from mili.internal.v1.step_pb2 import Sampling
 from mili.router.errors import Reason, RequestError
+from mili.router.readings import MAX_ALTERNATIVES
 from mili.router.request import GenerationParams, Scheduling
 from mili.v1 import inference_pb2 as pb
 
@@ -61,6 +62,7 @@ def check_generation(generation: pb.Generation, context_limit: int, defaults: De
     """Raise RequestError for a bad value, before any work that grows with the prompt."""
     _check_sampling(generation.sampling)
     _check_stopping(generation.stopping, defaults.vocab_size)
+    _check_output(generation.output, defaults.vocab_size)
     kind = generation.WhichOneof("prompt")
     _require(kind is not None, "generation.prompt", "is missing")
     _require(kind != "text" or bool(generation.text), "generation.text", "is empty")
@@ -125,6 +127,10 @@ def to_params(
         cache_write=not generation.cache.bypass_write,
         scheduling=scheduling,
         num_sequences=max(1, generation.sampling.num_sequences),
+        num_logprobs=output.top_logprobs if output.HasField("top_logprobs") else None,
+        num_prompt_logprobs=(
+            output.prompt_top_logprobs if output.HasField("prompt_top_logprobs") else None
+        ),
     )
 
 
@@ -212,6 +218,12 @@ def _check_stopping(asked: pb.StopConditions, vocab_size: int) -> None:
     field = path + "stop_token_ids"
     _require(len(asked.stop_token_ids) <= vocab_size, field, "has more entries than ids exist")
     check_token_ids(asked.stop_token_ids, vocab_size, field)
+
+
+def _check_output(asked: pb.OutputOptions, vocab_size: int) -> None:
+    most = min(MAX_ALTERNATIVES, vocab_size)
+    for name in ("top_logprobs", "prompt_top_logprobs"):
+        _require(getattr(asked, name) <= most, f"generation.output.{name}", f"is at most {most}")
 
 
 def _require(condition: bool, field: str, rule: str) -> None:

@@ -15,6 +15,7 @@ from mili.router.api.engine import Engine
 from mili.router.api.events import Answering, stream_events, whole_response
 from mili.router.api.generation import Defaults, check_generation, to_params
 from mili.router.api.identity import caller
+from mili.router.api.logprobs import check_fits_whole
 from mili.router.api.model import ServedModel, revision
 from mili.router.api.prompt import PromptReader, TextThreads
 from mili.router.api.scheduling import to_cache_namespace, to_scheduling
@@ -24,6 +25,7 @@ from mili.router.api.streams import Streams
 from mili.router.api.supported import check_supported
 from mili.router.errors import Reason, RequestError
 from mili.router.quotas import Quotas
+from mili.router.tokenizer import Tokenizer
 from mili.v1 import inference_pb2 as pb
 from mili.v1 import inference_pb2_grpc
 
@@ -39,6 +41,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         engine: Engine,
         streams: Streams,
         model: ServedModel,
+        tokenizer: Tokenizer,
         defaults: Defaults,
         prompts: PromptReader,
         threads: TextThreads,
@@ -49,6 +52,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._engine = engine
         self._streams = streams
         self._model = model
+        self._tokenizer = tokenizer
         self._defaults = defaults
         self._prompts = prompts
         self._threads = threads
@@ -113,6 +117,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         stream = self._streams.open(tenant.scoped(request_id), whole=whole)
         try:
             prompt = await self._read(generation)
+            if whole:
+                check_fits_whole(generation.output, len(prompt))
             # Asked for again: a worker with less room may have come in the meantime.
             params = to_params(
                 generation,
@@ -146,6 +152,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             instance_id=self._instance_id,
             seed=seed,
             options=options,
+            token_bytes=self._tokenizer.token_bytes,
         )
 
     def _deadline(self, context: Context) -> float:

@@ -49,6 +49,11 @@ class ServedModel:
             chat_template_sha256=template.sha256,
         )
 
+    @property
+    def hidden_size(self) -> int:
+        """Numbers of a token's hidden state; 0 where config.json does not say."""
+        return int(self.folder.config.get("hidden_size", 0))
+
     def check_name(self, name: str, field: str) -> None:
         """Raise NotFoundError for a name that is not this model's; empty means the only one."""
         if name and name != self.name and name not in self.aliases:
@@ -102,6 +107,6 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             tokenizer_sha256=self._model.tokenizer_sha256,
             chat_template_sha256=self._model.chat_template_sha256,
             default_generation_config_json=folder.generation.raw_json,
-            capabilities=["generate", "chat"] if folder.chat_template else ["generate"],
+            capabilities=["generate", "embed", "score"] + ["chat"] * bool(folder.chat_template),
             kv_block_tokens=self._engine.block_size,
         )

@@ -7,9 +7,11 @@ decides that it was, or protobuf.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from mili.router.errors import RequestError
+from mili.router.readings import Readings
 from mili.router.request import (
     Finish,
     Finished,
@@ -33,6 +35,7 @@ class Gathered(NamedTuple):
     first_token_index: int
     finished: Finished | None
     index: int = 0  # type: ignore[assignment]  # It hides tuple.index.
+    readings: Sequence[Readings] = ()
 
     @property
     def is_last(self) -> bool:
@@ -43,12 +46,13 @@ class Gathered(NamedTuple):
 class Unread:
     """What gathers for one sequence."""
 
-    __slots__ = ("finished", "first_token_index", "texts", "token_ids")
+    __slots__ = ("finished", "first_token_index", "readings", "texts", "token_ids")
 
     def __init__(self, first_token_index: int) -> None:
         self.texts: list[str] = []
         self.token_ids: list[int] = []
         self.first_token_index = first_token_index
+        self.readings: list[Readings] | None = None
         self.finished: Finished | None = None
 
 
@@ -95,6 +99,10 @@ class Stream:
         if text:
             unread.texts.append(text)
             self.num_unread_characters += len(text)
+        if output.readings is not None:
+            if unread.readings is None:
+                unread.readings = []
+            unread.readings.append(output.readings)
         if output.finished is not None:
             unread.finished = output.finished
             self._unread[index] = self._unread.pop(index)
@@ -135,8 +143,8 @@ class Stream:
         self.num_unread_tokens -= len(unread.token_ids)
         self.num_unread_characters -= len(text)
         started, self._started = self._started, None
-        first = unread.first_token_index
-        return Gathered(started, text, unread.token_ids, first, unread.finished, index)
+        first, readings = unread.first_token_index, unread.readings or ()
+        return Gathered(started, text, unread.token_ids, first, unread.finished, index, readings)
 
     async def take_all(self) -> list[Gathered]:
         """Wait for the end, and return what each sequence gave: of a stream that is read whole."""

@@ -26,7 +26,7 @@ _SUPPORTED = {
     "SamplingParams": "temperature top_p top_k min_p repetition_penalty seed num_sequences",
     "StopConditions": "max_tokens min_tokens stop_sequences stop_token_ids"
     " include_stop_text ignore_eos time_limit",
-    "OutputOptions": "text token_ids skip_special_tokens timing",
+    "OutputOptions": "text token_ids top_logprobs prompt_top_logprobs skip_special_tokens timing",
     "SchedulingHints": "priority max_queue_time session_id",
     "CacheOptions": "bypass_read bypass_write salt",
     "CancelGenerationRequest": "request_id",
@@ -35,6 +35,9 @@ _SUPPORTED = {
     "TokenizeRequest": "model texts add_special_tokens return_offsets",
     "DetokenizeRequest": "model token_ids skip_special_tokens",
     "RenderChatRequest": "model chat",
+    "EmbedRequest": "model inputs normalize dimensions scheduling",
+    "EmbedInput": "text token_ids",
+    "ScoreRequest": "model context continuations scheduling",
     "WatchLoadRequest": "interval",
     "DrainWorkerRequest": "name migrate_after",
     "UndrainWorkerRequest": "name",

@@ -35,8 +35,9 @@ WORKING = {
     *(f"generation.stopping.{name}" for name in ("include_stop_text", "ignore_eos", "time_limit")),
     *(
         f"generation.output.{name}"
-        for name in ("text", "token_ids", "skip_special_tokens", "timing")
+        for name in ("text", "token_ids", "top_logprobs", "prompt_top_logprobs")
     ),
+    *(f"generation.output.{name}" for name in ("skip_special_tokens", "timing")),
     *(f"generation.scheduling.{name}" for name in ("priority", "max_queue_time", "session_id")),
     *(f"generation.cache.{name}" for name in ("bypass_read", "bypass_write", "salt")),
 }
@@ -161,14 +162,6 @@ def test_near_neutral_values_are_refused(field: str, value: float) -> None:
     error = refused(request)
     assert error is not None
     assert error.field == f"generation.sampling.{field}"
-
-
-def test_an_explicit_zero_is_refused_where_it_asks_for_something() -> None:
-    request = pb.GenerateRequest()
-    request.generation.output.top_logprobs = 0  # the log-probability of each token
-    error = refused(request)
-    assert error is not None
-    assert error.field == "generation.output.top_logprobs"
 
 
 def test_an_empty_member_of_a_oneof_is_a_choice() -> None:
