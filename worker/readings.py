@@ -75,6 +75,23 @@ def scored_pieces(
     return pieces
 
 
+def portions(pieces: Sequence[Piece], room: int) -> list[list[Piece]]:
+    """Return the same positions in the same order, `room` at a time."""
+    result: list[list[Piece]] = []
+    free = 0
+    for piece in pieces:
+        left = piece
+        while left.positions:
+            if not free:
+                result.append([])
+                free = room
+            count = min(free, len(left.positions))
+            result[-1].append(left._replace(positions=left.positions[:count]))
+            left = left._replace(positions=left.positions[count:], offset=left.offset + count)
+            free -= count
+    return result
+
+
 def to_message(index: int, first_position: int, columns: LogprobColumns) -> Logprobs:
     """columns: [positions, width], on the host."""
     token_ids, logprobs, ranks = (column.numpy() for column in columns)

@@ -10,8 +10,11 @@ from typing import NamedTuple
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mili.internal.v1.step_pb2 import TASK_EMBED, TASK_SCORE, Sampling, StepResult
+from mili.worker.readings import Piece, portions
 from tests.model_folders import make_model_folder
 from tests.step_driver import StepDriver
 
@@ -68,6 +71,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def oracle(folder: Path) -> transformers.PreTrainedModel:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 20)), max_size=5), st.integers(1, 8))
+def test_portions_are_the_same_positions(sizes: list[tuple[int, int]], room: int) -> None:
+    pieces = [
+        Piece(place, place + 1, range(offset + 1, offset + 1 + count), offset, 2)
+        for place, (offset, count) in enumerate(sizes)
+    ]
+    parts = portions(pieces, room)
+    counts = [sum(len(piece.positions) for piece in part) for part in parts]
+    assert all(count == room for count in counts[:-1]) and all(0 < n <= room for n in counts)
+    flat = [
+        (p.row, at, p.offset + i)
+        for part in parts
+        for p in part
+        for i, at in enumerate(p.positions)
+    ]
+    assert flat == [(p.row, at, p.offset + i) for p in pieces for i, at in enumerate(p.positions)]
 
 
 def prompts() -> dict[int, list[int]]:

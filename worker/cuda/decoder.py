@@ -139,7 +139,7 @@ class Decoder:
         states in `activations.sampled`, in place of the samples'.
 
         index, rows: [tokens] int32, where each stands in the batch, and its table row; count:
-        [>= 1] int32, how many. No more than there is room for samples.
+        [>= 1] int32, how many; what follows is padding. No more than there is room for samples.
         """
         tokens, activations = len(index), self.activations
         x, attended = activations.last_x[:tokens], activations.last_attended[:tokens]

@@ -15,9 +15,10 @@ import torch
 from mili.internal.v1.step_pb2 import Embedding, Logprobs, StepResult
 from mili.kernels.logprobs import read_logprobs
 from mili.kernels.step import SequenceTensors
+from mili.worker.cuda.buckets import sample_buckets, smallest
 from mili.worker.cuda.decoder import Decoder
 from mili.worker.cuda.staging import StepRows
-from mili.worker.readings import Piece, Wanted, scored_pieces, to_logprobs
+from mili.worker.readings import Piece, Wanted, portions, scored_pieces, to_logprobs
 
 # Scored positions whose logits are there at once; no more than a step has samples.
 _POSITIONS = 256
@@ -70,6 +71,7 @@ class Reader:
     def __init__(self, decoder: Decoder, table: SequenceTensors, max_samples: int) -> None:
         self._decoder, self._table = decoder, table
         self._max_positions = min(max_samples, _POSITIONS)
+        self._sizes = sample_buckets(max_samples)
 
     @torch.inference_mode()
     def read(self, rows: StepRows, wanted: dict[int, Wanted], scored: list[Piece]) -> StepReadings:
@@ -85,7 +87,7 @@ class Reader:
             sources = [sample for sample, _ in samples]
             blocks.append(self._launch(logits, sources, [piece for _, piece in samples]))
         # These overwrite what the samples were read from.
-        blocks += [self._score(rows, pieces) for pieces in self._portions(scored)]
+        blocks += [self._score(rows, pieces) for pieces in portions(scored, self._max_positions)]
         return StepReadings(silent, blocks, [place for _, place in embedding], vectors)
 
     def _wants(
@@ -116,22 +118,6 @@ class Reader:
             host.copy_(states[self._upload(samples)[0].long()].float(), non_blocking=True)
         return host
 
-    def _portions(self, pieces: list[Piece]) -> list[list[Piece]]:
-        """The same positions, as many at a time as there is room for."""
-        portions: list[list[Piece]] = []
-        room = 0
-        for piece in pieces:
-            left = piece
-            while left.positions:
-                if not room:
-                    portions.append([])
-                    room = self._max_positions
-                count = min(room, len(left.positions))
-                portions[-1].append(left._replace(positions=left.positions[:count]))
-                left = left._replace(positions=left.positions[count:], offset=left.offset + count)
-                room -= count
-        return portions
-
     def _score(self, rows: StepRows, pieces: list[Piece]) -> Block:
         first_tokens = [0]
         for count in rows.counts:
@@ -142,9 +128,14 @@ class Reader:
             for index in range(len(piece.positions))
         ]
         table_rows = [piece.row for piece in pieces for _ in piece.positions]
-        index, of_rows, count = self._upload(tokens, table_rows, [len(tokens)] * len(tokens))
+        # Sizes for which kernels were compiled. Padding is token 0 of the batch, in the null row.
+        size = smallest(self._sizes, len(tokens))
+        assert size is not None, len(tokens)
+        padding = [0] * (size - len(tokens))
+        counts = [len(tokens)] * size
+        index, of_rows, count = self._upload(tokens + padding, table_rows + padding, counts)
         self._decoder.finish_tokens(index, of_rows, self._table, count)
-        logits = self._decoder.compute_logits(len(tokens))
+        logits = self._decoder.compute_logits(size)
         return self._launch(logits, range(len(tokens)), pieces)
 
     def _launch(self, logits: torch.Tensor, sources: Sequence[int], pieces: list[Piece]) -> Block:
