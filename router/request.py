@@ -315,7 +315,8 @@ class Request:
         params = self.params
         position = max(params.score_from, self.peak_computed + 1)
         is_wanted = params.num_prompt_logprobs is not None and position < self.num_prompt_tokens
-        return position if is_wanted else NEVER
+        # The prompt of several sequences is told of once, with the first.
+        return position if is_wanted and not self.index else NEVER
 
     @property
     def usage(self) -> Usage:
