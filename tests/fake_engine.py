@@ -142,7 +142,7 @@ class FakeEngine:
     def _next(self, request_id: str) -> list[RequestOutput]:
         params = self.params[request_id]
         if params.task != TASK_GENERATE:
-            return self._read(request_id, params)
+            return [self._read(request_id, params)]
         index = self.lengths[request_id]
         self.lengths[request_id] += 1
         started = self._started(request_id)
@@ -172,7 +172,7 @@ class FakeEngine:
         readings = Readings(scored=(scored,))
         if params.task == TASK_EMBED:
             readings = Readings(embedding=array("f", [3.0, 4.0, 12.0, 84.0]))
-        finished = self._finished(request_id, Finish(FinishReason.MAX_TOKENS))
+        (finished,) = self._finished(request_id, Finish(FinishReason.MAX_TOKENS))
         return RequestOutput(request_id, started=started, finished=finished, readings=readings)
 
     def _started(self, request_id: str) -> Started | None:
