@@ -16,10 +16,9 @@ import grpc
 
 from mili.client.channel import authorization, channel_options
 from mili.client.errors import translated_errors
-from mili.client.options import ChatOptions, Delivery, Message, Options, Prompt, StreamOptions
+from mili.client.options import ChatOptions, Message, Options, Prompt, StreamOptions
 from mili.client.requests import (
     build_chat,
-    build_delivery,
     build_generation,
     build_inputs,
     build_stream_request,
@@ -112,7 +111,7 @@ class AsyncClient:
         return AsyncTextStream(
             start(request, timeout=deadline, metadata=self._metadata),
             self._attacher(deadline),
-            Resumption(options.get("resume_window"), request.stream_options),
+            Resumption(options.get("resume_window")),
             response_model(options),
         )
 
@@ -121,16 +120,13 @@ class AsyncClient:
         resume_token: str,
         *,
         after_sequence: int = 0,
+        resume_window: float | None = None,
         timeout: float | None = None,
-        **options: Unpack[Delivery],
     ) -> AsyncTextStream:
         """Go on with the stream of an earlier call, perhaps another process's, that had a
         resume_window: the events after number after_sequence. What is folded from them lacks what
-        came before."""
-        delivery = build_delivery(options)
-        resumption = Resumption(
-            options.get("resume_window"), delivery, resume_token, after_sequence
-        )
+        came before. resume_window: seconds in which a lost connection is taken up again."""
+        resumption = Resumption(resume_window, resume_token, after_sequence)
         attach = self._attacher(self._deadline(timeout))
         return AsyncTextStream(attach(resumption.request()), attach, resumption)
 

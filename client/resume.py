@@ -29,14 +29,12 @@ class Resumption:
     def __init__(
         self,
         window: float | None,
-        delivery: pb.StreamOptions | None,
         token: str = "",
         after_sequence: int = 0,
     ) -> None:
         self.token = token
         self.last_sequence = after_sequence
         self._window = window or 0.0
-        self._delivery = delivery
         self._lost_at: float | None = None
         self._delay = 0.0
 
@@ -67,5 +65,4 @@ class Resumption:
         return pb.AttachStreamRequest(
             resume_token=self.token,
             after_sequence=self.last_sequence,
-            stream_options=self._delivery,
         )

@@ -23,7 +23,7 @@ class Miss(Enum):
     OTHER_TENANT = "other tenant"  # or the same under another salt
     EVICTED = "evicted"
     NOT_FULL_BLOCK = "not full block"  # all full blocks before the last token were there
-    BYPASSED = "bypassed"  # the request does not read the cache
+    BYPASSED = "bypassed"  # the request does not read the cache, or wants what is not in it
 
 
 class CacheMemory:

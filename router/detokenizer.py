@@ -97,6 +97,10 @@ class TokenBytes(dict[int, bytes]):
         self[token_id] = b"" if token is None else _spelled_bytes(token)
         return self[token_id]
 
+    def spelled(self, token_id: int) -> bytes:
+        """Return what the token adds to a text."""
+        return self[token_id]
+
     def detokenizer(self) -> Detokenizer:
         return ByteLevelDetokenizer(self)
 
@@ -129,13 +133,14 @@ class TokenPieces(dict[int, str | None]):
         self._dropped_ids = dropped_ids
         vocabulary: dict[str, int] = backend.get_vocab()
         spelled = [f"<0x{byte:02X}>" for byte in range(256)] if byte_fallback else []
-        byte_ids = {vocabulary[token] for token in spelled if token in vocabulary}
-        self.byte_ids = byte_ids - dropped_ids
+        byte_of = {vocabulary[t]: byte for byte, t in enumerate(spelled) if t in vocabulary}
+        self._byte_of = byte_of
+        self.byte_ids = byte_of.keys() - dropped_ids
         # Any token with a text of its own: what follows it is decoded as not the first.
         self._anchor = next(
             token_id
             for token_id in sorted(vocabulary.values())
-            if token_id not in byte_ids and self._decode([token_id])
+            if token_id not in byte_of and self._decode([token_id])
         )
         self._anchor_text = self._decode([self._anchor])
 
@@ -143,6 +148,12 @@ class TokenPieces(dict[int, str | None]):
         dropped = token_id in self._dropped_ids or self._backend.id_to_token(token_id) is None
         self[token_id] = None if dropped else self.decode([token_id], first=False)
         return self[token_id]
+
+    def spelled(self, token_id: int) -> bytes:
+        """Return what the token adds to a text when it is not the first."""
+        if token_id in self.byte_ids:
+            return bytes([self._byte_of[token_id]])
+        return (self[token_id] or "").encode()
 
     def decode(self, ids: list[int], *, first: bool) -> str:
         """Return the text of ids at the beginning of an output, or later in it."""

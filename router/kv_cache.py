@@ -227,10 +227,12 @@ class KVCacheManager:
         assert self.usage().held == len(held), (self.usage(), held)
 
     def _prefix(self, request: Request) -> bytes:
-        """The full blocks that may come from the cache: never the last token (invariant 7)."""
+        """The full blocks that may come from the cache: never the last token (invariant 7), nor
+        one that is followed by a token to be scored.
+        """
         if not request.params.cache_read:
             return b""
-        num_blocks = (len(request.token_ids) - 1) // self.block_size
+        num_blocks = (min(len(request.token_ids), request.score_from) - 1) // self.block_size
         return request.token_ids[: num_blocks * self.block_size].tobytes()
 
     def _explain(self, request: Request, prefix: bytes, cached: list[int]) -> None:
@@ -242,7 +244,8 @@ class KVCacheManager:
         if not request.params.cache_read:
             request.cache_miss = Miss.BYPASSED
         elif start == len(prefix):
-            request.cache_miss = Miss.NOT_FULL_BLOCK
+            is_scored = request.score_from < len(request.token_ids)
+            request.cache_miss = Miss.BYPASSED if is_scored else Miss.NOT_FULL_BLOCK
         else:
             parent = cached[-1] if cached else NULL_BLOCK
             block = prefix[start : start + self.block_size * TOKEN_BYTES]

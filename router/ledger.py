@@ -97,9 +97,12 @@ class Ledger:
                 started = None if request.index else Started(request.num_prompt_tokens, 0)
         text = request.text.take() if request.text else ""
         first = len(request.token_ids) - request.num_prompt_tokens - len(token_ids)
+        readings = request.readings
+        if readings is not None:
+            request.readings = None
         # By position: this is made for every token of everybody.
         return RequestOutput(
-            request.call_id, token_ids, text, first, started, finished, request.index
+            request.call_id, token_ids, text, first, started, finished, request.index, readings
         )
 
     def _close(self, request: Request, now: float) -> Finished:

@@ -99,22 +99,23 @@ class Meters:
         microseconds: int,
         now: float,
     ) -> None:
-        """A step is done: `news` are the requests that have a new token, or None for a fault.
+        """A step is done: `news` are the requests with their new token; None is no token.
 
         Most streams had their last token from the step before: they wait equally long, and are
         counted together.
         """
         group.step_seconds.add(microseconds / 1e6)
-        group.generation_tokens += len(news)
-        waits = Counter([request.last_token_at for request, _ in news])
+        requests = [request for request, token in news if token is not None]
+        group.generation_tokens += len(requests)
+        waits = Counter([request.last_token_at for request in requests])
         for last, count in waits.items():
             if last is not None:
                 self.inter_token.add(now - last, count)
         if None in waits:
-            for request, _ in news:
+            for request in requests:
                 if request.last_token_at is None:
                     self.time_to_first_token.add(now - request.submitted_at)
-        for request, _ in news:
+        for request in requests:
             request.last_token_at = now
 
     def started(self, group: GroupMeters, request: Request, now: float) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from typing import Any, NamedTuple
 
-from mili.internal.v1.step_pb2 import RowFault, StepCommand, StepResult
+from mili.internal.v1.step_pb2 import TASK_GENERATE, RowFault, StepCommand, StepResult
 from mili.router.mask import fields_of
 from mili.router.recorder import Reel
 from mili.router.request import NOTHING, Finish, FinishReason, Forced, Request
@@ -133,7 +133,10 @@ class _Stage:
 
     def _result(self, done: StepDone) -> StepResult:
         rows = self._scheduler.in_flight[0].rows
-        due = [int(row.samples and index not in done.faults) for index, row in enumerate(rows)]
+        due = [
+            int(row.samples and index not in done.faults and _generates(row.request))
+            for index, row in enumerate(rows)
+        ]
         return StepResult(
             step=done.step,
             num_new=due,
@@ -153,6 +156,10 @@ def _prepare(request: Request, num_forced: int, *, stops: bool) -> None:
 def _ending(request: Request) -> Ending:
     assert isinstance(request.text, Ending)
     return request.text
+
+
+def _generates(request: Request) -> bool:
+    return request.params.task == TASK_GENERATE
 
 
 def _next(request: Request) -> int:

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
-from mili.internal.v1.step_pb2 import Sampling
+from mili.internal.v1.step_pb2 import TASK_GENERATE, Sampling, Task
 from mili.router.cache_memory import Miss
 from mili.router.errors import Reason, RequestError
 from mili.router.fair_share import OUTPUT_TOKEN_COST, Account
 from mili.router.parsed_text import Text
+from mili.router.readings import NOTHING_READ, Readings, TokenLogprobs
 
 
 class FinishReason(IntEnum):
@@ -62,6 +63,9 @@ class Scheduling(NamedTuple):
 
 ORDINARY = Scheduling()
 
+# A position that no request reaches.
+NEVER = 1 << 62
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationParams:
@@ -73,6 +77,10 @@ class GenerationParams:
     empty for the one tenant of a server without any. cache_read, cache_write: whether the prompt
     may come from the cache, and whether what is computed may go there. num_sequences: independent
     outputs of the one prompt, each with a seed of its own.
+    num_logprobs, num_prompt_logprobs: alternatives beside each output token, and beside each prompt
+    token from position score_from on; None where not even its own log-probability is wanted.
+    task: one that is not TASK_GENERATE has a max_tokens of 1, and reads the model where others
+    sample that token.
     """
 
     prompt_token_ids: Sequence[int]
@@ -93,6 +101,10 @@ class GenerationParams:
     cache_write: bool = True
     scheduling: Scheduling = ORDINARY
     num_sequences: int = 1
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    score_from: int = 1
+    task: Task.ValueType = TASK_GENERATE
 
     @property
     def is_parsed(self) -> bool:
@@ -139,6 +151,8 @@ class RequestOutput(NamedTuple):
     finished: Finished | None = None
     # Which of the call's sequences, from 0. (It hides tuple.index.)
     index: int = 0  # type: ignore[assignment]
+    # Of these tokens, of the prompt before the first, or instead of any.
+    readings: Readings | None = None
     # Set when another worker goes on with the sequence.
     recovery: Recovery | None = None
 
@@ -238,6 +252,7 @@ class Request:
         "params",
         "peak_computed",
         "queued_until",
+        "readings",
         "request_id",
         "row",
         "strikes",
@@ -305,6 +320,8 @@ class Request:
         self.total_deaths = 0
         self.deaths = 0
         self.strikes = 0
+        # What steps read of it, until it is told.
+        self.readings: Readings | None = None
         self.finish: Finish | None = None
         self.submitted_at = self.waiting_since = now
         # A worker must have begun by then.
@@ -333,6 +350,19 @@ class Request:
     def is_suspect(self) -> bool:
         """One death can happen beside anyone; a second one without a token between is a sign."""
         return self.deaths >= 2
+
+    @property
+    def score_from(self) -> int:
+        """The first position whose log-probability is wanted and not told; NEVER without one.
+
+        It is read where the token before it is computed: nothing from there on may come from the
+        cache.
+        """
+        params = self.params
+        position = max(params.score_from, self.peak_computed + 1)
+        is_wanted = params.num_prompt_logprobs is not None and position < self.num_prompt_tokens
+        # The prompt of several sequences is told of once, with the first.
+        return position if is_wanted and not self.index else NEVER
 
     @property
     def usage(self) -> Usage:
@@ -398,6 +428,23 @@ class Request:
             if self.finish is None:
                 self.forced += (token_id,)
                 self.accept(token_id)
+
+    def score(self, piece: TokenLogprobs) -> None:
+        """A step read the log-probabilities of prompt tokens: take those not taken before."""
+        told = self.score_from - piece.first_position
+        assert told >= 0, "log-probabilities are missing"
+        if told < piece.num_positions:
+            new = piece.part(told, piece.num_positions) if told else piece
+            self.read(Readings(scored=(new,)))
+
+    def read(self, more: Readings) -> None:
+        """A step read something of the request: keep it until it is told."""
+        so_far = self.readings or NOTHING_READ
+        self.readings = Readings(
+            so_far.sampled + more.sampled,
+            so_far.scored + more.scored,
+            more.embedding or so_far.embedding,
+        )
 
     def end(self, finish: Finish) -> None:
         """Nothing more is generated; the text that was held back is released."""

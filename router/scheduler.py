@@ -24,14 +24,14 @@ from __future__ import annotations
 import math
 from collections import deque
 
-from mili.internal.v1.step_pb2 import TASK_GENERATE, Admission, StepCommand, StepResult
+from mili.internal.v1.step_pb2 import TASK_GENERATE, StepCommand, StepResult
 from mili.router.errors import Reason
 from mili.router.fair_share import FairShare
 from mili.router.kv_cache import DEFAULT_CACHE, CacheSettings, KVCacheManager
 from mili.router.limits import Limits
 from mili.router.pace import Pace
 from mili.router.queue import Key, Line, WaitingQueue
-from mili.router.request import Request
+from mili.router.request import Finish, FinishReason, Request
 from mili.router.step_cost import chunk_pairs
 from mili.router.step_plan import Scheduled, StepInFlight, StepPlan
 from mili.router.tape import Tape, recorded
@@ -170,13 +170,15 @@ class Scheduler:
     def update(self, result: StepResult) -> list[tuple[Request, int | None]]:
         """Take the result of the oldest step in flight.
 
-        Returns, in order, each request that has a new token (with the token) or failed (None);
-        `request.finish` says whether it has ended.
+        Returns, in order, each request that has a new token (with the token), or ended without one
+        (None); `request.finish` says whether it has ended.
         """
         step = self.in_flight.popleft()
         assert result.step == step.step, (result.step, step.step)
         self.pace.cost.measured(step.size, result.device_microseconds / 1e6)
         faulty = {fault.index for fault in result.faults}
+        if result.logprobs or result.embeddings:
+            step.read(result)
         news: list[tuple[Request, int | None]] = []
         tokens = iter(result.token_ids)
         for index, (row, num_new) in enumerate(zip(step.rows, result.num_new, strict=True)):
@@ -187,7 +189,7 @@ class Scheduler:
             if request.finish is not None or request.is_cut:
                 continue
             self._take(row, token, index in faulty)
-            if token is not None or index in faulty:
+            if token is not None or request.finish is not None:
                 news.append((request, token))
         return news
 
@@ -267,16 +269,7 @@ class Scheduler:
             request.account.charge_prompt(len(request.token_ids) - request.num_computed)
         request.num_admissions += 1
         request.is_cut = False
-        plan.admissions.append(
-            Admission(
-                row=request.row,
-                admission=request.admission,
-                token_ids=request.token_ids.tobytes(),
-                num_prompt_tokens=request.num_prompt_tokens,
-                task=TASK_GENERATE,
-                sampling=request.params.sampling,
-            )
-        )
+        plan.admit(request)
         plan.add_blocks(request.row, blocks)
         return request
 
@@ -310,9 +303,12 @@ class Scheduler:
                 self.pace.num_known += num_new
             else:
                 self.num_waiting_tokens += num_new
+        elif row.samples:
+            assert request.params.task != TASK_GENERATE
+            request.end(Finish(FinishReason.MAX_TOKENS))
         if request.admission == row.admission and not faulty:
             self.kv.publish(request, row.num_computed)
-            request.peak_computed = max(request.peak_computed, row.num_computed)
+        request.peak_computed = max(request.peak_computed, row.num_computed)
         if request.finish is not None:
             self.pace.ended(request)
             self.abort(request)

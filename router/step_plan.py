@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mili.internal.v1.step_pb2 import Admission, StepCommand
-from mili.router.request import Request
+from mili.internal.v1.step_pb2 import Admission, StepCommand, StepResult
+from mili.router.readings import Readings, to_embedding, to_token_logprobs
+from mili.router.request import NEVER, Request
 from mili.router.step_cost import StepSize
 
 
@@ -26,6 +27,21 @@ class StepInFlight(NamedTuple):
     step: int
     rows: list[Scheduled]
     size: StepSize
+
+    def read(self, result: StepResult) -> None:
+        """Give the requests what the step read of them. Must come before their counters move."""
+        for message in result.logprobs:
+            request = self.rows[message.index].request
+            if request.finish is not None or request.is_cut:
+                continue
+            piece = to_token_logprobs(message)
+            if piece.first_position < request.num_prompt_tokens:
+                request.score(piece)
+            else:
+                request.read(Readings(sampled=(piece,)))
+        for embedding in result.embeddings:
+            request = self.rows[embedding.index].request
+            request.read(Readings(embedding=to_embedding(embedding.values)))
 
 
 class StepPlan:
@@ -53,6 +69,23 @@ class StepPlan:
         self.starts: list[int] = []
         self.counts: list[int] = []
         self.scheduled: list[Scheduled] = []
+
+    def admit(self, request: Request) -> None:
+        """Have the request's row begin with all that is known of it."""
+        params = request.params
+        admission = Admission(
+            row=request.row,
+            admission=request.admission,
+            token_ids=request.token_ids.tobytes(),
+            num_prompt_tokens=request.num_prompt_tokens,
+            task=params.task,
+            sampling=params.sampling,
+            num_logprobs=params.num_logprobs,
+        )
+        if (position := request.score_from) != NEVER:
+            admission.score_from = position
+            admission.num_scored_alternatives = params.num_prompt_logprobs or 0
+        self.admissions.append(admission)
 
     def add_blocks(self, row: int, blocks: list[int]) -> None:
         self.block_rows += [row] * len(blocks)

@@ -185,9 +185,9 @@ _NOTHING: frozenset[int] = frozenset()
 
 
 def _request_fields(request: Request) -> Fields:
-    """What of a request decides: no text, and why it ended at most."""
+    """What of a request decides: no text, nothing that was read of it, and why it ended at most."""
     fields = {name: getattr(request, name, None) for name in Request.__slots__}
-    fields["text"] = None
+    fields["text"] = fields["readings"] = None
     fields["forced"] = ()
     fields["finish"] = request.finish and Finish(request.finish.reason)
     return fields

@@ -99,6 +99,13 @@ class Tokenizer:
         text: str = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that a token stands for inside a text; none for an id without a token.
+
+        They may be part of a UTF-8 character.
+        """
+        return self._vocabulary.spelled(token_id)
+
     def detokenizer(
         self, *, skip_special_tokens: bool, shown: frozenset[str] = frozenset()
     ) -> Detokenizer:

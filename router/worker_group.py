@@ -13,7 +13,10 @@ from enum import IntEnum
 from typing import NamedTuple
 
 from mili.internal.v1.step_pb2 import (
+    TASK_EMBED,
+    TASK_SCORE,
     WORKER_PHASE_WARMING,
+    Admission,
     Ready,
     RouterFrame,
     StepCommand,
@@ -56,6 +59,8 @@ class WorkerGroup:
         self._send = send
         self._limits: Limits | None = None
         self._in_flight: deque[_InFlight] = deque()
+        # That sample nothing, though the model is read where others sample.
+        self._silent_rows: set[int] = set()
 
     @property
     def state(self) -> WorkerState:
@@ -93,10 +98,15 @@ class WorkerGroup:
     def send(self, command: StepCommand, samples: Sequence[bool], now: float) -> None:
         """Send a command to every rank. What the socket does not take now waits, in order.
 
-        samples: [rows], whether the row must give a token.
+        samples: [rows], whether the row must give a token, if it is to generate.
         """
         assert self._limits is not None, f"group {self.name} does not serve"
         assert len(self._in_flight) < MAX_IN_FLIGHT, "more commands in flight than agreed"
+        for admission in command.admissions:
+            self._admit(admission)
+        if silent := self._silent_rows:
+            rows = zip(samples, command.rows, strict=True)
+            samples = [due and row not in silent for due, row in rows]
         work = step_work(command)
         predicted = self.step_times.predict(work)
         self._in_flight.append(_InFlight(command.step, samples, work))
@@ -105,6 +115,12 @@ class WorkerGroup:
             peer.liveness.expect(command.step, predicted, now)
             peer.queue(frame)
             peer.flush(self._send)
+
+    def _admit(self, admission: Admission) -> None:
+        if admission.task in (TASK_EMBED, TASK_SCORE):
+            self._silent_rows.add(admission.row)
+        else:
+            self._silent_rows.discard(admission.row)
 
     def take(self, result: StepResult) -> str | None:
         """Match a result with the oldest command in flight; return what is wrong with it, if so."""
@@ -140,6 +156,7 @@ class WorkerGroup:
         served = self._limits is not None
         self._limits = None
         self._in_flight.clear()
+        self._silent_rows.clear()
         return served
 
     def hung(self, peer: WorkerPeer, timeout: float, now: float) -> str | None:

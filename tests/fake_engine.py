@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,11 +18,13 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from mili.hub.folder import ModelFolder, read_model_folder
+from mili.internal.v1.step_pb2 import TASK_EMBED, TASK_GENERATE
 from mili.router.api.admin import WorkerStatus
 from mili.router.api.server import ApiServer
 from mili.router.config import RouterConfig
 from mili.router.errors import Reason, RequestError
 from mili.router.introspection import Explanation, Load, Pinned
+from mili.router.readings import Readings, TokenLogprobs
 from mili.router.request import (
     Finish,
     Finished,
@@ -37,6 +40,7 @@ from mili.router.tokenizer import Tokenizer
 
 VOCAB_SIZE = 320
 CONTEXT_LIMIT = 64
+HIDDEN_SIZE = 4
 EOS_TOKEN_ID = 258
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -137,6 +141,8 @@ class FakeEngine:
 
     def _next(self, request_id: str) -> list[RequestOutput]:
         params = self.params[request_id]
+        if params.task != TASK_GENERATE:
+            return [self._read(request_id, params)]
         index = self.lengths[request_id]
         self.lengths[request_id] += 1
         started = self._started(request_id)
@@ -150,6 +156,24 @@ class FakeEngine:
             first,
             *(first._replace(started=None, finished=end, index=number) for number, end in others),
         ]
+
+    def _read(self, request_id: str, params: GenerationParams) -> RequestOutput:
+        """A vector that begins with 3 and 4, or token i at rank i with -i / 2."""
+        started = self._started(request_id)
+        count = len(params.prompt_token_ids) - params.score_from
+        positions = range(params.score_from, params.score_from + count)
+        scored = TokenLogprobs(
+            params.score_from,
+            1,
+            array("I", params.prompt_token_ids[params.score_from :]),
+            array("f", [-position / 2 for position in positions]),
+            array("I", positions),
+        )
+        readings = Readings(scored=(scored,))
+        if params.task == TASK_EMBED:
+            readings = Readings(embedding=array("f", [3.0, 4.0, 12.0, 84.0]))
+        (finished,) = self._finished(request_id, Finish(FinishReason.MAX_TOKENS))
+        return RequestOutput(request_id, started=started, finished=finished, readings=readings)
 
     def _started(self, request_id: str) -> Started | None:
         if request_id in self.started:
@@ -189,6 +213,7 @@ def make_folder(
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": VOCAB_SIZE,
+        "hidden_size": HIDDEN_SIZE,
         "max_position_embeddings": context_limit,
         "dtype": "float32",
     }

@@ -14,6 +14,11 @@ from dataclasses import dataclass, field
 
 from mili.internal.v1.step_pb2 import (
     ROW_FAULT_KIND_NUMERIC,
+    TASK_EMBED,
+    TASK_GENERATE,
+    Admission,
+    Embedding,
+    Logprobs,
     RowFault,
     Sampling,
     StepCommand,
@@ -48,6 +53,21 @@ def key_of(sampling: Sampling) -> int:
 def first_hash(seed: int) -> int:
     """The hash of no tokens at all."""
     return seed >> 32
+
+
+def read_token(prefix: int, token: int, width: int) -> tuple[list[int], list[float], list[int]]:
+    """What the model says of a token after a prefix, and of width - 1 others: ids, logprobs, ranks.
+
+    Small whole numbers, which a float32 holds exactly.
+    """
+    draws = [extend_hash(extend_hash(prefix, token), column) >> 20 for column in range(width)]
+    columns = zip(*((draw % 3, -float(draw % 4093), draw % 89) for draw in draws), strict=True)
+    ids, logprobs, ranks = map(list, columns)
+    return [token, *ids[1:]], logprobs, ranks
+
+
+def read_vector(prefix: int) -> list[float]:
+    return [float((prefix >> shift) % 1021) for shift in (0, 20, 40)]
 
 
 @dataclass(frozen=True)
@@ -87,6 +107,7 @@ class FakeRow:
     faulty: bool = False
     blocks: list[int] = field(default_factory=list)
     hashes: list[int] = field(default_factory=list)  # of token_ids[: i + 1]
+    admission: Admission = field(default_factory=Admission)
 
 
 class FakeWorker:
@@ -113,6 +134,10 @@ class FakeWorker:
             if token == FAULT:
                 result.faults.append(RowFault(index=index, kind=ROW_FAULT_KIND_NUMERIC))
             new = [] if token is None or token == FAULT else [token]
+            if token != FAULT:
+                self._read(self.rows[row], index, start, start + count, new, result)
+            if self.rows[row].admission.task != TASK_GENERATE:
+                new = []
             result.num_new.append(len(new))
             result.token_ids.extend(new)
         for slot, value in written.items():
@@ -125,7 +150,10 @@ class FakeWorker:
             assert admission.row != 0, "row 0 is the null row"
             tokens = array("I", admission.token_ids)
             self.rows[admission.row] = FakeRow(
-                tokens, admission.num_prompt_tokens, key_of(admission.sampling)
+                tokens,
+                admission.num_prompt_tokens,
+                key_of(admission.sampling),
+                admission=admission,
             )
         for row, block in zip(command.block_rows, command.block_ids, strict=True):
             assert block != 0, "block 0 is the null block"
@@ -159,6 +187,40 @@ class FakeWorker:
             return token
         written.update((self._slot(row, position), POISON) for position in range(start, end))
         return FAULT
+
+    def _read(
+        self, row: FakeRow, index: int, start: int, end: int, new: list[int], result: StepResult
+    ) -> None:
+        """Log-probabilities of known tokens and of the new one, and the vector, as asked for."""
+        asked = row.admission
+        if asked.HasField("score_from"):
+            assert asked.score_from > 0
+            first = max(asked.score_from, start + 1)
+            last = min(end, len(asked.token_ids) // 4 - 1)
+            if first <= last:
+                positions, width = range(first, last + 1), 1 + asked.num_scored_alternatives
+                result.logprobs.append(self._logprobs(row, index, positions, width))
+        if asked.HasField("num_logprobs") and new and asked.task == TASK_GENERATE:
+            positions, width = range(end, end + 1), 1 + asked.num_logprobs
+            result.logprobs.append(self._logprobs(row, index, positions, width))
+        if asked.task == TASK_EMBED and new:
+            values = array("f", read_vector(row.hashes[end - 1])).tobytes()
+            result.embeddings.append(Embedding(index=index, values=values))
+
+    def _logprobs(self, row: FakeRow, index: int, positions: range, width: int) -> Logprobs:
+        ids, logprobs, ranks = array("I"), array("f"), array("I")
+        for position in positions:
+            read = read_token(row.hashes[position - 1], row.token_ids[position], width)
+            for column, values in zip((ids, logprobs, ranks), read, strict=True):
+                column.extend(values)
+        return Logprobs(
+            index=index,
+            first_position=positions[0],
+            width=width,
+            token_ids=ids.tobytes(),
+            logprobs=logprobs.tobytes(),
+            ranks=ranks.tobytes(),
+        )
 
     def _slot(self, row: FakeRow, position: int) -> int:
         return row.blocks[position // self.block_size] * self.block_size + (

@@ -10,10 +10,12 @@ import random
 from collections import Counter, deque
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
-from mili.internal.v1.step_pb2 import Sampling, StepResult
+from mili.internal.v1.step_pb2 import TASK_EMBED, TASK_GENERATE, TASK_SCORE, Sampling, StepResult
 from mili.router.errors import Reason
 from mili.router.kv_cache import CacheSettings
+from mili.router.readings import Readings
 from mili.router.request import Finish, FinishReason, Forced, GenerationParams, Scheduling
 from tests.fake_worker import (
     EOS,
@@ -22,6 +24,8 @@ from tests.fake_worker import (
     extend_hash,
     first_hash,
     key_of,
+    read_token,
+    read_vector,
     seed_of,
 )
 
@@ -58,6 +62,9 @@ def expected(
     model: FakeModel, params: GenerationParams, context_limit: int
 ) -> tuple[list[int], FinishReason]:
     """What the request must give: its output tokens and how it ends."""
+    if params.task != TASK_GENERATE:
+        (token,) = model.alone(params.prompt_token_ids, key_of(params.sampling), 1)
+        return [], FinishReason.ERROR if token is None else FinishReason.MAX_TOKENS
     room = context_limit - len(params.prompt_token_ids)
     output: list[int] = []
     text = ""
@@ -101,6 +108,46 @@ def sequence_id(name: str, index: int) -> str:
     return f"{name}\0{index}" if index else name
 
 
+class Heard:
+    """What one request was told of its log-probabilities and its vector, in order."""
+
+    def __init__(self) -> None:
+        self.positions: list[int] = []
+        self.columns: list[tuple[list[int], list[float], list[int]]] = []
+        self.embedding: list[float] | None = None
+
+    def hear(self, readings: Readings | None) -> None:
+        """Everything comes once: a piece of positions, and none of them again."""
+        for piece in (*readings.scored, *readings.sampled) if readings else ():
+            for index in range(piece.num_positions):
+                one = piece.part(index, 1)
+                self.positions.append(one.first_position)
+                self.columns.append(tuple(map(list, one[2:])))
+        if readings and readings.embedding:
+            assert self.embedding is None, "a second vector"
+            self.embedding = list(readings.embedding)
+
+    def check(self, params: GenerationParams, output: list[int], *, complete: bool) -> None:
+        """Of each wanted position what the model alone says, in order; `complete`: of all."""
+        tokens = [*params.prompt_token_ids, *output]
+        prefixes = [first_hash(key_of(params.sampling))]
+        for token in tokens:
+            prefixes.append(extend_hash(prefixes[-1], token))
+        prompt = len(params.prompt_token_ids)
+        scored = range(params.score_from, prompt) if params.num_prompt_logprobs is not None else ()
+        sampled = range(prompt, len(tokens)) if params.num_logprobs is not None else ()
+        wanted = [*scored, *sampled]
+        if not complete:
+            wanted = wanted[: len(self.positions)]
+        assert self.positions == wanted, "positions are missing, doubled or out of order"
+        for position, columns in zip(wanted, self.columns, strict=True):
+            count = params.num_prompt_logprobs if position < prompt else params.num_logprobs
+            expected = read_token(prefixes[position], tokens[position], 1 + (count or 0))
+            assert columns == expected, f"position {position}"
+        if complete and params.task == TASK_EMBED:
+            assert self.embedding == read_vector(prefixes[prompt])
+
+
 class Simulation:
     """One random history, driven by one seed. `core` holds the Scheduler, Request, ... to test."""
 
@@ -126,6 +173,7 @@ class Simulation:
             [self.random.randrange(2) for _ in range(self.random.randint(0, 20))] for _ in range(3)
         ]
         self.live: dict[str, object] = {}
+        self.heard: dict[str, Heard] = {}
         self.totals: Counter[str] = Counter()
         self._new_worker()
 
@@ -188,7 +236,10 @@ class Simulation:
             ),
             cache_read=self.random.random() < 0.95,
             cache_write=self.random.random() < 0.95,
+            **self._wanted_readings(min(len(prompt), self.context_limit - 1)),
         )
+        if params.task != TASK_GENERATE:
+            params = replace(params, max_tokens=1, min_tokens=0)
         text = FakeText(params.stop_sequences, params.max_reasoning_tokens)
         request = self.core.Request(
             f"r{self.to_submit}",
@@ -198,8 +249,20 @@ class Simulation:
             arrival=self.totals["requests"],
         )
         self.live[request.request_id] = request
+        self.heard[request.request_id] = Heard()
         self.scheduler.add(request)
         return True
+
+    def _wanted_readings(self, num_prompt_tokens: int) -> dict[str, Any]:
+        """Which log-probabilities are asked for, and whether only the model is read."""
+        if self.random.random() < 0.7:
+            return {}
+        return {
+            "num_logprobs": self.random.choice((None, 0, 2)),
+            "num_prompt_logprobs": self.random.choice((None, 0, 3)),
+            "score_from": self.random.randint(1, num_prompt_tokens),
+            "task": self.random.choice((TASK_GENERATE, TASK_GENERATE, TASK_EMBED, TASK_SCORE)),
+        }
 
     def _schedule(self) -> bool:
         if len(self.scheduler.in_flight) >= self.depth:
@@ -219,6 +282,7 @@ class Simulation:
         for request, _token in self.scheduler.update(self.results.popleft()):
             self.totals["edits"] += bool(request.forced)
             request.forced = ()  # they are told
+            self._hear(request)
             if request.finish is not None:
                 self._finished(request)
         return True
@@ -245,8 +309,15 @@ class Simulation:
                 self.scheduler.add(request)
         return True
 
+    def _hear(self, request: object) -> None:
+        """As the ledger does."""
+        self.heard[request.request_id].hear(request.readings)
+        request.readings = None
+
     def _finished(self, request: object) -> None:
         del self.live[request.request_id]
+        self._hear(request)
+        heard = self.heard.pop(request.request_id)
         params, reason = request.params, request.finish.reason
         output = list(request.token_ids[len(params.prompt_token_ids) :])
         tokens, end = expected(self.model, params, self.context_limit)
@@ -256,6 +327,10 @@ class Simulation:
         else:
             assert (output, reason) == (tokens, end), (output, reason, tokens, end)
             self.totals[reason.name] += 1
+        complete = reason not in (FinishReason.CANCELLED, FinishReason.ERROR)
+        heard.check(params, output, complete=complete)
+        self.totals["scored positions"] += len(heard.positions)
+        self.totals["vectors"] += heard.embedding is not None
         usage = request.usage
         self.totals["preemptions"] += request.num_preemptions
         self.totals["recoveries"] += request.num_recoveries

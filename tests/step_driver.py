@@ -60,11 +60,11 @@ class StepDriver:
         sampling: Sampling | None = None,
         *,
         shared: Sequence[int] = (),
-        num_prompt_tokens: int | None = None,
+        **asked: int,
     ) -> None:
         """Admit a row with the next step. shared: blocks whose KV is computed already.
 
-        num_prompt_tokens: None where there is no output yet.
+        asked: fields of the admission in place of the usual: a generation without output yet.
         """
         self._num_admissions += 1
         self._next.admissions.append(
@@ -72,11 +72,8 @@ class StepDriver:
                 row=row,
                 admission=self._num_admissions,
                 token_ids=np.array(token_ids, "<u4").tobytes(),
-                num_prompt_tokens=(
-                    len(token_ids) if num_prompt_tokens is None else num_prompt_tokens
-                ),
-                task=TASK_GENERATE,
                 sampling=sampling,
+                **({"task": TASK_GENERATE, "num_prompt_tokens": len(token_ids)} | asked),
             )
         )
         self.tokens[row] = list(token_ids)

@@ -18,8 +18,10 @@ import numpy as np
 
 from mili.internal.v1.step_pb2 import Admission, StepCommand, Task
 from mili.kernels.reference_sampling import MAX_BIASES
+from mili.worker.readings import MAX_WIDTH, Wanted, wanted_of
 
 TOKEN_BYTES = 4  # of an admission
+_TASKS = (Task.TASK_UNSPECIFIED, Task.TASK_GENERATE, Task.TASK_EMBED, Task.TASK_SCORE)
 
 
 class CommandError(Exception):
@@ -62,11 +64,14 @@ class SequenceTable:
         self.num_computed = [0] * max_rows
         # Not checked: the router may have sent commands for them before it could know.
         self.faulted: set[int] = set()
+        # Rows that are asked for more than tokens.
+        self.wanted: dict[int, Wanted] = {}
 
     def reset(self) -> None:
         """Forget every row: none is admitted any more."""
         self.num_known = [0] * self.max_rows
         self.faulted.clear()
+        self.wanted.clear()
 
     def take(self, command: StepCommand) -> Taken:
         """Count admissions and blocks: all that a launch needs. `check` must follow.
@@ -82,6 +87,9 @@ class SequenceTable:
                 self.num_computed[row] = -1
                 num_blocks[row] = 0
                 self.faulted.discard(row)
+                self.wanted.pop(row, None)
+                if (wanted := wanted_of(admission)) is not None:
+                    self.wanted[row] = wanted
             for row, block in zip(command.block_rows, command.block_ids, strict=False):
                 index = num_blocks[row]
                 num_blocks[row] = index + 1
@@ -109,12 +117,15 @@ class SequenceTable:
     def _check_admission(self, admission: Admission) -> None:
         row, sampling = admission.row, admission.sampling
         _require(row > 0, "there is no row {}", row)
-        _require(admission.task in (Task.TASK_UNSPECIFIED, Task.TASK_GENERATE), "unknown task")
+        _require(admission.task in _TASKS, "unknown task")
+        wanted = self.wanted.get(row)
+        if wanted is not None:
+            widest = max(wanted.sampled_width, wanted.scored_width)
+            _require(widest <= MAX_WIDTH, "row {}: too many alternatives", row)
+            _require(not wanted.scored or wanted.scored.start > 0, "row {}: score_from 0", row)
         unsupported = (
             admission.adapter,
             admission.grammar,
-            admission.HasField("num_logprobs"),
-            admission.HasField("score_from"),
         )
         _require(not any(unsupported), "row {} asks for what this worker cannot do", row)
         _require(len(admission.token_ids) % TOKEN_BYTES == 0, "row {}: half a token id", row)

@@ -86,7 +86,7 @@ class Checkpoint:
         self._taken: set[str] = set()
         self._started = time.perf_counter()
         with ExitStack() as resources:
-            self._entries = _open(files, resources)
+            self._entries = _with_prefix(_open(files, resources))
             self._total = sum(entry.tensor.size for entry in self._entries.values())
             self._reader: TensorReader = (
                 StagedReader(device) if device.type == "cuda" else HostReader()
@@ -184,6 +184,15 @@ def _open(files: Sequence[Path], resources: ExitStack) -> dict[str, _Entry]:
                 raise ModelFolderError(f"{path} repeats {name} of {entries[name].path}")
             entries[name] = _Entry(path, file, tensor)
     return entries
+
+
+def _with_prefix(entries: dict[str, _Entry]) -> dict[str, _Entry]:
+    """Name the tensors of a body that was saved without its head, as of Qwen3-Embedding, as usual:
+    model.layers.0 for layers.0.
+    """
+    if "embed_tokens.weight" not in entries:
+        return entries
+    return {f"model.{name}": entry for name, entry in entries.items()}
 
 
 def _no_progress(what: str, done: int, total: int) -> None:

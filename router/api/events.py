@@ -5,9 +5,10 @@ Owns the shape of the answers. Does not know where the output comes from or how 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from mili.router.api.logprobs import output_logprobs, prompt_logprobs, prompt_pieces
 from mili.router.api.status import clip, code_number, duration
 from mili.router.api.stream import Gathered
 from mili.router.api.texts import fill_text
@@ -17,7 +18,10 @@ from mili.v1 import inference_pb2 as pb
 
 @dataclass(frozen=True, slots=True)
 class Answering:
-    """What every answer to one request repeats, and what its caller asked to see."""
+    """What every answer to one request repeats, and what its caller asked to see.
+
+    token_bytes: what a token id spells.
+    """
 
     request_id: str
     model: str
@@ -25,6 +29,7 @@ class Answering:
     instance_id: str
     seed: int
     options: pb.OutputOptions
+    token_bytes: Callable[[int], bytes]
     # Empty unless the stream can be resumed.
     resume_token: str = ""
     recovery_notices: bool = False
@@ -48,11 +53,17 @@ def stream_events(
             _fill_recovery(response.event.recovery, recovery)
             yield response
             sequence += 1
+    for piece in prompt_pieces(gathered.readings):
+        response = pb.GenerateStreamResponse()
+        response.event.sequence = sequence
+        response.event.prompt_logprobs.CopyFrom(piece)
+        yield response
+        sequence += 1
     if gathered.token_ids or gathered.text:
         response = pb.GenerateStreamResponse()
         response.event.sequence = sequence
         response.event.delta.index = gathered.index
-        _fill_delta(response.event.delta, answering.options, gathered)
+        _fill_delta(response.event.delta, answering, gathered)
         yield response
         sequence += 1
     if gathered.finished is not None:
@@ -78,7 +89,9 @@ def whole_response(answering: Answering, gathered: Sequence[Gathered]) -> pb.Gen
         request_id=answering.request_id,
         model=answering.model,
         model_revision=answering.model_revision,
-        sequences=[_sequence(answering.options, each) for each in by_index],
+        sequences=[_sequence(answering, each) for each in by_index],
+        # Of the call: its first sequence has it.
+        prompt_logprobs=prompt_logprobs(by_index[0].readings),
         usage=to_usage(finished.usage),
         timing=to_timing(finished.timing) if answering.options.timing else None,
         seed=answering.seed,
@@ -91,12 +104,14 @@ def check_success(finished: Finished) -> None:
         raise finished.failure
 
 
-def _sequence(options: pb.OutputOptions, gathered: Gathered) -> pb.GeneratedSequence:
+def _sequence(answering: Answering, gathered: Gathered) -> pb.GeneratedSequence:
     assert gathered.finished is not None
     sequence = pb.GeneratedSequence(index=gathered.index)
     fill_text(sequence, gathered.text)
-    if options.token_ids:
+    if answering.options.token_ids:
         sequence.token_ids.extend(gathered.token_ids)
+    if answering.options.HasField("top_logprobs"):
+        sequence.logprobs.tokens.extend(output_logprobs(gathered.readings, answering.token_bytes))
     _fill_finish(sequence, gathered.finished.finish)
     return sequence
 
@@ -118,9 +133,11 @@ def _fill_recovery(notice: pb.RecoveryNotice, recovery: Recovery) -> None:
     notice.gap.CopyFrom(duration(recovery.gap))
 
 
-def _fill_delta(delta: pb.Delta, options: pb.OutputOptions, gathered: Gathered) -> None:
+def _fill_delta(delta: pb.Delta, answering: Answering, gathered: Gathered) -> None:
     fill_text(delta, gathered.text)
-    if options.token_ids:
+    if gathered.readings and answering.options.HasField("top_logprobs"):
+        delta.logprobs.tokens.extend(output_logprobs(gathered.readings, answering.token_bytes))
+    if answering.options.token_ids:
         delta.token_ids.extend(gathered.token_ids)
     delta.num_tokens = len(gathered.token_ids)
     delta.first_token_index = gathered.first_token_index

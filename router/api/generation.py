@@ -19,6 +19,7 @@ from mili.router.api.sampling import (
 )
 from mili.router.errors import Reason, RequestError
 from mili.router.parsers.formats import Formats
+from mili.router.readings import MAX_ALTERNATIVES
 from mili.router.request import GenerationParams, Scheduling
 from mili.v1 import inference_pb2 as pb
 
@@ -46,6 +47,7 @@ def check_generation(generation: pb.Generation, context_limit: int, defaults: De
     check_sampling(generation.sampling, defaults.vocab_size)
     _check_stopping(generation.stopping, defaults.vocab_size)
     check_parsing(generation, defaults.formats)
+    _check_output(generation.output, defaults.vocab_size)
     kind = generation.WhichOneof("prompt")
     require(kind is not None, "generation.prompt", "is missing")
     require(kind != "text" or bool(generation.text), "generation.text", "is empty")
@@ -114,6 +116,10 @@ def to_params(
         cache_write=not generation.cache.bypass_write,
         scheduling=scheduling,
         num_sequences=max(1, generation.sampling.num_sequences),
+        num_logprobs=output.top_logprobs if output.HasField("top_logprobs") else None,
+        num_prompt_logprobs=(
+            output.prompt_top_logprobs if output.HasField("prompt_top_logprobs") else None
+        ),
     )
 
 
@@ -162,3 +168,9 @@ def _check_stopping(asked: pb.StopConditions, vocab_size: int) -> None:
     field = path + "stop_token_ids"
     require(len(asked.stop_token_ids) <= vocab_size, field, "has more entries than ids exist")
     check_token_ids(asked.stop_token_ids, vocab_size, field)
+
+
+def _check_output(asked: pb.OutputOptions, vocab_size: int) -> None:
+    most = min(MAX_ALTERNATIVES, vocab_size)
+    for name in ("top_logprobs", "prompt_top_logprobs"):
+        require(getattr(asked, name) <= most, f"generation.output.{name}", f"is at most {most}")

@@ -20,6 +20,7 @@ from mili.router.api.generation import Defaults, check_generation, to_params
 from mili.router.api.identity import caller
 from mili.router.api.job import Job, digest_of, to_request_id
 from mili.router.api.kept import Kept, KeptGenerations
+from mili.router.api.logprobs import check_fits_whole
 from mili.router.api.model import ServedModel, revision
 from mili.router.api.prompt import PromptReader, TextThreads
 from mili.router.api.scheduling import to_cache_namespace, to_scheduling
@@ -30,6 +31,7 @@ from mili.router.api.streams import Streams
 from mili.router.api.supported import check_supported
 from mili.router.errors import Reason
 from mili.router.quotas import Quotas
+from mili.router.tokenizer import Tokenizer
 from mili.v1 import inference_pb2 as pb
 from mili.v1 import inference_pb2_grpc
 
@@ -46,6 +48,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         streams: Streams,
         kept: KeptGenerations,
         model: ServedModel,
+        tokenizer: Tokenizer,
         defaults: Defaults,
         prompts: PromptReader,
         threads: TextThreads,
@@ -57,6 +60,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._streams = streams
         self._kept = kept
         self._model = model
+        self._tokenizer = tokenizer
         self._defaults = defaults
         self._prompts = prompts
         self._threads = threads
@@ -198,6 +202,8 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def _start(self, stream: Stream, job: Job, resume_token: str = "") -> Answering:
         """Read the prompt, and submit the request."""
         prompt = await self._read(job.generation)
+        if job.whole:
+            check_fits_whole(job.generation.output, len(prompt))
         # Asked for again: a worker with less room may have come in the meantime.
         params = to_params(
             job.generation,
@@ -217,6 +223,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             instance_id=self._instance_id,
             seed=params.sampling.seed,
             options=job.generation.output,
+            token_bytes=self._tokenizer.token_bytes,
             resume_token=resume_token,
             recovery_notices=job.options.recovery_notices,
         )

@@ -57,11 +57,18 @@ class ServedModel:
         """What a caller may ask for: the parsers of output depend on the model."""
         named = {
             "generate": True,
+            "embed": True,
+            "score": True,
             "chat": self.folder.chat_template is not None,
             "parse_reasoning": self.formats.reasoning is not None,
             "parse_tool_calls": self.formats.tool_calls is not None,
         }
         return [name for name, has in named.items() if has]
+
+    @property
+    def hidden_size(self) -> int:
+        """Numbers of a token's hidden state; 0 where config.json does not say."""
+        return int(self.folder.config.get("hidden_size", 0))
 
     def check_name(self, name: str, field: str) -> None:
         """Raise NotFoundError for a name that is not this model's; empty means the only one."""

@@ -25,6 +25,9 @@ def check_parsing(generation: pb.Generation, formats: Formats) -> None:
         if generation.stopping.max_reasoning_tokens < 1:
             message = "max_reasoning_tokens must be at least 1"
             raise RequestError(Reason.INVALID_FIELD, message, field=field)
+        if output.HasField("top_logprobs"):
+            message = "max_reasoning_tokens forces tokens, which have no log-probability"
+            raise RequestError(Reason.INVALID_FIELD, message, field=field)
     if output.parse_tool_calls and formats.tool_calls is None:
         raise RequestError(Reason.UNSUPPORTED_FIELD, _NO_CALLS, field=path + "parse_tool_calls")
     if output.HasField("text") and not output.text:

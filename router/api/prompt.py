@@ -26,6 +26,7 @@ from mili.router.stop import StopMatcher
 from mili.router.tokenizer import Tokenizer
 from mili.v1 import inference_pb2 as pb
 from mili.v1.admin_pb2 import PinPrefixRequest
+from mili.v1.embedding_pb2 import EmbedInput
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -114,6 +115,15 @@ class PromptReader:
     def read_prefix(self, prefix: PinPrefixRequest, context_limit: int) -> list[int]:
         """Return the token ids that prompts of this prefix begin with."""
         return list(self._ids(prefix, "", self._max_bytes(context_limit), ask=False))
+
+    def read_input(
+        self, given: EmbedInput, path: str, context_limit: int, *, special: bool
+    ) -> list[int]:
+        """Return the token ids of an input that is not a prompt; special: with BOS and EOS."""
+        if given.HasField("token_ids"):
+            return list(given.token_ids.ids)
+        check_bytes([given.text], f"{path}.text", self._max_bytes(context_limit))
+        return self._tokenizer.encode(given.text, add_special_tokens=special)
 
     def render(
         self, chat: pb.ChatPrompt, path: str, max_bytes: int, *, ask: bool = True

@@ -16,25 +16,26 @@ from mili.v1 import inference_pb2 as pb
 _MAX_SESSION_ID_BYTES = 128
 _MAX_SALT_BYTES = 256
 
-_PRIORITY = "generation.scheduling.priority"
-_MAX_QUEUE_TIME = "generation.scheduling.max_queue_time"
-_SESSION_ID = "generation.scheduling.session_id"
 _TIME_LIMIT = "generation.stopping.time_limit"
 _SALT = "generation.cache.salt"
 
 
-def to_scheduling(generation: pb.Generation, tenant: Tenant, deadline: float) -> Scheduling:
+def to_scheduling(
+    generation: pb.Generation, tenant: Tenant, deadline: float, path: str = "generation."
+) -> Scheduling:
     """Return when the tenant's request should run; raise RequestError for a bad value.
 
-    deadline: of the call, by the engine's clock; infinite without one.
+    deadline: of the call, by the engine's clock; infinite without one. path: of the message that
+    holds the hints, with a dot at its end, or empty.
     """
     hints, stopping = generation.scheduling, generation.stopping
-    _check_priority(hints.priority, tenant)
+    path += "scheduling."
+    _check_priority(hints.priority, tenant, path + "priority")
     if len(hints.session_id.encode()) > _MAX_SESSION_ID_BYTES:
-        raise _invalid(f"session_id has at most {_MAX_SESSION_ID_BYTES} bytes", _SESSION_ID)
+        raise _invalid(f"session_id has at most {_MAX_SESSION_ID_BYTES} bytes", path + "session_id")
     max_queue_time = None
     if hints.HasField("max_queue_time"):
-        max_queue_time = to_positive_seconds(hints.max_queue_time, _MAX_QUEUE_TIME)
+        max_queue_time = to_positive_seconds(hints.max_queue_time, path + "max_queue_time")
     time_limit = math.inf
     if stopping.HasField("time_limit"):
         time_limit = to_positive_seconds(stopping.time_limit, _TIME_LIMIT)
@@ -42,7 +43,7 @@ def to_scheduling(generation: pb.Generation, tenant: Tenant, deadline: float) ->
         raise _invalid(
             "max_queue_time is longer than stopping.time_limit, which would end the request in"
             " the queue",
-            _MAX_QUEUE_TIME,
+            path + "max_queue_time",
         )
     return Scheduling(
         tenant=tenant.name,
@@ -69,14 +70,14 @@ def to_cache_namespace(cache: pb.CacheOptions, tenant: Tenant) -> bytes:
     return tenant.cache_namespace(cache.salt)
 
 
-def _check_priority(priority: int, tenant: Tenant) -> None:
+def _check_priority(priority: int, tenant: Tenant, field: str) -> None:
     if not LEAST_PRIORITY <= priority <= GREATEST_PRIORITY:
-        raise _invalid(f"priority must be from {LEAST_PRIORITY} to {GREATEST_PRIORITY}", _PRIORITY)
+        raise _invalid(f"priority must be from {LEAST_PRIORITY} to {GREATEST_PRIORITY}", field)
     if priority and priority > tenant.max_priority:
         raise RequestError(
             Reason.PERMISSION_DENIED,
             f"the tenant's priority is at most {tenant.max_priority}",
-            field=_PRIORITY,
+            field=field,
         )
 
 

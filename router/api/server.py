@@ -26,6 +26,7 @@ from mili.router.api.identity import Identity
 from mili.router.api.inference import InferenceService
 from mili.router.api.kept import KeptGenerations
 from mili.router.api.model import ModelService, ServedModel
+from mili.router.api.passes import Passes
 from mili.router.api.pins import Pins
 from mili.router.api.prompt import PromptReader, TextThreads
 from mili.router.api.reflection import add_reflection
@@ -104,17 +105,28 @@ class ApiServer:
         self.model_name = model.name
         prompts = PromptReader(tokenizer, template)
         defaults = read_defaults(folder)._replace(formats=model.formats)
+        quotas = Quotas(clock)
         self._health = Health(_service_names(_PUBLIC_FILES + _ADMIN_FILES))
         self._inference = InferenceService(
             engine=engine,
             streams=self._streams,
             kept=KeptGenerations(self._streams, self.instance_id, config.max_unread_tokens),
             model=model,
+            tokenizer=tokenizer,
             defaults=defaults,
             prompts=prompts,
             threads=self._threads,
-            quotas=Quotas(clock),
+            quotas=quotas,
             instance_id=self.instance_id,
+            clock=clock,
+        )
+        self._embedding = EmbeddingService(
+            engine=engine,
+            passes=Passes(self._streams),
+            model=model,
+            prompts=prompts,
+            threads=self._threads,
+            quotas=quotas,
             clock=clock,
         )
         self._model = ModelService(engine, model)
@@ -201,7 +213,7 @@ class ApiServer:
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(self._inference, server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(self._model, server)
         model_pb2_grpc.add_TokenizerServiceServicer_to_server(self._tokenizer, server)
-        embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(EmbeddingService(), server)
+        embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(self._embedding, server)
 
     def _add_admin(self, server: aio.Server) -> None:
         admin_pb2_grpc.add_AdminServiceServicer_to_server(self._admin, server)

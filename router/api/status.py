@@ -92,11 +92,6 @@ def clip(text: str, length: int = _MAX_TEXT) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def unsupported_method(method: str) -> RequestError:
-    """Return the error of an RPC that the API describes and this server does not serve yet."""
-    return RequestError(Reason.UNSUPPORTED_METHOD, f"{method} is not served yet")
-
-
 def duration(seconds: float) -> Duration:
     """Return seconds as a Duration, to the microsecond."""
     whole, micros = divmod(round(seconds * 1e6), 1_000_000)

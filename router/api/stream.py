@@ -7,11 +7,12 @@ decides that it was, or protobuf.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from mili.router.errors import RequestError
 from mili.router.parsed_text import Text, join
+from mili.router.readings import Readings
 from mili.router.request import (
     Finish,
     Finished,
@@ -36,6 +37,7 @@ class Gathered(NamedTuple):
     first_token_index: int
     finished: Finished | None
     index: int = 0  # type: ignore[assignment]  # It hides tuple.index.
+    readings: Sequence[Readings] = ()
     recoveries: tuple[Recovery, ...] = ()
 
     @property
@@ -47,12 +49,20 @@ class Gathered(NamedTuple):
 class Unread:
     """What gathers for one sequence."""
 
-    __slots__ = ("finished", "first_token_index", "recoveries", "texts", "token_ids")
+    __slots__ = (
+        "finished",
+        "first_token_index",
+        "readings",
+        "recoveries",
+        "texts",
+        "token_ids",
+    )
 
     def __init__(self, first_token_index: int) -> None:
         self.texts: list[Text] = []
         self.token_ids: list[int] = []
         self.first_token_index = first_token_index
+        self.readings: list[Readings] | None = None
         self.finished: Finished | None = None
         self.recoveries: tuple[Recovery, ...] = ()
 
@@ -107,6 +117,10 @@ class Stream:
         if text:
             unread.texts.append(text)
             self.num_unread_characters += len(text)
+        if output.readings is not None:
+            if unread.readings is None:
+                unread.readings = []
+            unread.readings.append(output.readings)
         if output.finished is not None:
             unread.finished = output.finished
             self._unread[index] = self._unread.pop(index)
@@ -147,9 +161,15 @@ class Stream:
         self.num_unread_tokens -= len(unread.token_ids)
         self.num_unread_characters -= len(text)
         started, self._started = self._started, None
-        first = unread.first_token_index
         return Gathered(
-            started, text, unread.token_ids, first, unread.finished, index, unread.recoveries
+            started,
+            text,
+            unread.token_ids,
+            unread.first_token_index,
+            unread.finished,
+            index,
+            unread.readings or (),
+            unread.recoveries,
         )
 
     async def take_all(self) -> list[Gathered]:

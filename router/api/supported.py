@@ -32,7 +32,8 @@ _SUPPORTED = {
     " frequency_penalty logit_bias allowed_token_ids seed num_sequences",
     "StopConditions": "max_tokens min_tokens stop_sequences stop_token_ids"
     " include_stop_text ignore_eos max_reasoning_tokens time_limit",
-    "OutputOptions": "text token_ids skip_special_tokens parse_reasoning parse_tool_calls timing",
+    "OutputOptions": "text token_ids top_logprobs prompt_top_logprobs skip_special_tokens"
+    " parse_reasoning parse_tool_calls timing",
     "SchedulingHints": "priority max_queue_time session_id",
     "CacheOptions": "bypass_read bypass_write salt",
     "CancelGenerationRequest": "request_id",
@@ -41,6 +42,9 @@ _SUPPORTED = {
     "TokenizeRequest": "model texts add_special_tokens return_offsets",
     "DetokenizeRequest": "model token_ids skip_special_tokens",
     "RenderChatRequest": "model chat",
+    "EmbedRequest": "model inputs normalize dimensions scheduling",
+    "EmbedInput": "text token_ids",
+    "ScoreRequest": "model context continuations scheduling",
     "WatchLoadRequest": "interval",
     "DrainWorkerRequest": "name migrate_after",
     "UndrainWorkerRequest": "name",

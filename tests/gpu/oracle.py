@@ -32,6 +32,11 @@ class Oracle:
         """After each of the tokens, [tokens, vocab] float32."""
         return logits_of(self._model, token_ids)
 
+    def head(self) -> torch.Tensor:
+        """What makes logits of a final hidden state, [vocab, hidden] float32."""
+        weight: torch.Tensor = self._model.get_output_embeddings().weight.detach()
+        return weight
+
     def check_greedy(self, token_ids: Sequence[int], num_given: int, where: str) -> None:
         """Each token from num_given on must be the best after those before it, or nearly."""
         logits = self.logits(token_ids[:-1])[num_given - 1 :]  # [chosen, vocab]

@@ -29,8 +29,6 @@ from mili.router.worker_group import WorkerState
 from mili.v1 import (
     admin_pb2,
     admin_pb2_grpc,
-    embedding_pb2,
-    embedding_pb2_grpc,
     inference_pb2,
     inference_pb2_grpc,
     model_pb2,
@@ -90,7 +88,7 @@ async def test_the_model(public: aio.Channel) -> None:
     assert model.chat_template_sha256 == hashlib.sha256(TEMPLATE.encode()).hexdigest()
     assert len(model.tokenizer_sha256) == 64
     assert '"temperature": 0.5' in model.default_generation_config_json
-    assert list(model.capabilities) == ["generate", "chat"]
+    assert list(model.capabilities) == ["generate", "embed", "score", "chat"]
     assert model.kv_block_tokens == 16
     int(model.revision, 16)
     for name in ("", "tiny", "alias"):
@@ -115,7 +113,7 @@ async def test_a_model_without_a_template(tmp_path: Path) -> None:
         models = model_pb2_grpc.ModelServiceStub(channel)
         model = (await models.GetModel(model_pb2.GetModelRequest())).model
         assert (model.name, model.chat_template_sha256) == ("base", "")
-        assert list(model.capabilities) == ["generate"]
+        assert list(model.capabilities) == ["generate", "embed", "score"]
         chat = inference_pb2.ChatPrompt(messages=[inference_pb2.ChatMessage(role="user")])
         call = model_pb2_grpc.TokenizerServiceStub(channel).RenderChat(
             model_pb2.RenderChatRequest(chat=chat)
@@ -201,17 +199,6 @@ async def test_truncated_prompts_keep_their_end(public: aio.Channel, api: Api) -
     assert api[1].params[request_id].prompt_token_ids == [197, 198, 199]
     await api[1].run()
     await call
-
-
-async def test_unserved_methods_say_so(public: aio.Channel) -> None:
-    embedding = embedding_pb2_grpc.EmbeddingServiceStub(public)
-    calls: list[Any] = [
-        embedding.Embed(embedding_pb2.EmbedRequest()),
-        embedding.Score(embedding_pb2.ScoreRequest()),
-    ]
-    for call in calls:
-        assert await call.code() is grpc.StatusCode.UNIMPLEMENTED
-        assert await reason_of(call) == "UNSUPPORTED_METHOD"
 
 
 async def test_the_server(admin: aio.Channel, api: Api) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from dataclasses import replace
 
 from mili.router.errors import Reason, RequestError
 from mili.router.recovery import MAX_DEATHS, MAX_STRIKES
@@ -19,7 +20,7 @@ from mili.router.request import (
     RequestOutput,
 )
 from tests.fake_worker import FakeModel
-from tests.scheduler_simulation import expected, sequence_id, sequences
+from tests.scheduler_simulation import Heard, expected, sequence_id, sequences
 from tests.simulation.router_process import LETTERS, Executing, RouterProcess
 from tests.simulation.timeline import Timeline
 from tests.simulation.trace import Trace
@@ -59,6 +60,7 @@ class Told:
         self.total_deaths = self.deaths = self.strikes = 0
         self.token_ids: list[int] = []
         self.text = ""
+        self.read = Heard()
 
     @property
     def started(self) -> bool:
@@ -79,6 +81,7 @@ class Told:
             self.token_ids += output.token_ids
             self.deaths = self.strikes = 0
         self.text += output.text
+        self.read.hear(output.readings)
 
 
 class Callers:
@@ -225,6 +228,12 @@ class Callers:
         alone, reason = expected(self._model, told.params, told.context_limit)
         assert tokens == alone[: len(tokens)], f"I2: {tokens} instead of {alone}"
         assert told.text == _text(told, finish), f"I2: {told.text!r} of {tokens}"
+        totals["positions read"] += len(told.read.positions)
+        totals["vectors read"] += told.read.embedding is not None
+        whole = finish.reason in (FinishReason.EOS, FinishReason.MAX_TOKENS)
+        # The prompt is told of once, with the first sequence.
+        asked = told.params if told.is_first else replace(told.params, num_prompt_logprobs=None)
+        told.read.check(asked, tokens, complete=whole)
         if self._may_end_early(told, finish):
             return
         assert (tokens, finish.reason) == (alone, reason), (

@@ -62,6 +62,15 @@ PLANTED = {
         "first = len(request.token_ids) - request.num_prompt_tokens - len(token_ids)",
         "first = len(request.token_ids) - request.num_prompt_tokens",
     ),
+    "what was read is told again": Plant(
+        "            request.readings = None\n", "            pass\n"
+    ),
+    "what was read is told to nobody": Plant(
+        "        readings = request.readings\n", "        readings = None\n"
+    ),
+    "rows that sampled nothing never sample": Plant(
+        "            self._silent_rows.discard(admission.row)\n", "            pass\n"
+    ),
     "a step too many in flight": Plant(
         "while len(scheduler.in_flight) < depth", "while len(scheduler.in_flight) <= depth"
     ),

@@ -9,10 +9,11 @@ import math
 import random
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from zlib import crc32
 
-from mili.internal.v1.step_pb2 import Sampling
+from mili.internal.v1.step_pb2 import TASK_EMBED, TASK_GENERATE, TASK_SCORE, Sampling
 from mili.router.request import GenerationParams, Scheduling
 from tests.fake_worker import EOS, seed_of
 from tests.simulation.worker_process import DEADLY_TOP_K, MAX_MODEL_LEN
@@ -52,7 +53,7 @@ class Wishes:
         if self._deadly and rng.random() < 0.02:
             sampling.top_k = DEADLY_TOP_K
         stops = tuple("".join(rng.choices("ab", k=rng.randint(2, 6))) for _ in range(2))
-        return GenerationParams(
+        params = GenerationParams(
             prompt_token_ids=self._prompt(),
             sampling=sampling,
             max_tokens=rng.choice((1, 8, 20, 30, 60)),
@@ -68,6 +69,22 @@ class Wishes:
             scheduling=self._scheduling(tenant, now),
             num_sequences=rng.choice((2, 3, 5)) if rng.random() < 0.2 else 1,
         )
+        return self._with_readings(params) if rng.random() < 0.2 else params
+
+    def _with_readings(self, params: GenerationParams) -> GenerationParams:
+        """Log-probabilities of some tokens; or nothing is generated at all, and the model read."""
+        rng = self._random
+        asked = replace(
+            params,
+            num_logprobs=rng.choice((None, 0, 2)),
+            num_prompt_logprobs=rng.choice((None, 0, 3)),
+            score_from=rng.randint(1, len(params.prompt_token_ids)),
+        )
+        task = rng.choice((TASK_GENERATE, TASK_EMBED, TASK_SCORE))
+        if task == TASK_GENERATE:
+            return asked
+        plain = replace(asked, text=False, stop_sequences=(), num_sequences=1)
+        return replace(plain, task=task, max_tokens=1, min_tokens=0)
 
     def easy(self) -> GenerationParams:
         """A request that no healthy server has a reason to refuse or to end early."""

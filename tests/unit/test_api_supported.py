@@ -52,6 +52,8 @@ WORKING = {
         for name in (
             "text",
             "token_ids",
+            "top_logprobs",
+            "prompt_top_logprobs",
             "skip_special_tokens",
             "parse_reasoning",
             "parse_tool_calls",
@@ -178,14 +180,6 @@ def test_neutral_values_say_nothing() -> None:
     request.stream_options.resume_window.SetInParent()
     request.stream_options.include_recovery_notices = False
     check_supported(request)
-
-
-def test_an_explicit_zero_is_refused_where_it_asks_for_something() -> None:
-    request = pb.GenerateRequest()
-    request.generation.output.top_logprobs = 0  # the log-probability of each token
-    error = refused(request)
-    assert error is not None
-    assert error.field == "generation.output.top_logprobs"
 
 
 def test_an_empty_member_of_a_oneof_is_a_choice() -> None:

@@ -23,6 +23,7 @@ CORE = (
     "cache_memory",
     "radix_tree",
     "fair_share",
+    "readings",
     "request",
     "queue",
     "step_plan",
@@ -85,6 +86,7 @@ def test_every_request_equals_the_model_alone(part: int) -> None:
         "edits",
     ):
         assert totals[happening] >= 50, (happening, totals)
+    assert totals["scored positions"] >= 2_000 and totals["vectors"] >= 50, totals
     assert totals["poisoned"] * 50 < totals["requests"], totals
     for reason in ("EOS", "STOP_TOKEN", "STOP_SEQUENCE", "MAX_TOKENS", "CONTEXT_LENGTH", "ERROR"):
         assert totals[reason] >= 20, (reason, totals)
@@ -157,8 +159,8 @@ PLANTED = {
     ),
     "the last token comes from the cache": (
         "kv_cache",
-        "(len(request.token_ids) - 1) // self",
-        "len(request.token_ids) // self",
+        "(min(len(request.token_ids), request.score_from) - 1) // self",
+        "min(len(request.token_ids), request.score_from) // self",
     ),
     "a block too few": ("kv_cache", "-(-num_tokens // self", "(num_tokens // self"),
     "tenants share a cache": (
@@ -210,6 +212,19 @@ PLANTED = {
         "return True",
     ),
     "min_tokens is one short": ("request", "num_output > params.min", "num_output >= params.min"),
+    "prompt positions are told again": ("request", "if told else piece", "if False else piece"),
+    "what an older admission read is not counted": (
+        "scheduler",
+        "        request.peak_computed = max(request.peak_computed, row.num_computed)",
+        "        if request.admission == row.admission:\n"
+        "            request.peak_computed = max(request.peak_computed, row.num_computed)",
+    ),
+    "scored positions come from the cache": (
+        "kv_cache",
+        "min(len(request.token_ids), request.score_from)",
+        "len(request.token_ids)",
+    ),
+    "a task never ends": ("scheduler", "        elif row.samples:\n", "        elif False:\n"),
     "the context limit is one too far": (
         "request",
         "if num_tokens < self.max_length:\n",

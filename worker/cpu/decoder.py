@@ -114,7 +114,10 @@ class Decoder:
             x = linear_add(silu_and_mul(linear(normed, layer.gate_up)), layer.down, x)
         return x
 
+    def final(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return hidden states [rows, hidden] after the last norm."""
+        return rms_norm(hidden, self._norm, self._config.norm_epsilon)
+
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return [rows, vocab_size] float32 of hidden states [rows, hidden], two rows or more."""
-        normed = rms_norm(hidden, self._norm, self._config.norm_epsilon)
-        return linear(normed, self._head).float()
+        return linear(self.final(hidden), self._head).float()

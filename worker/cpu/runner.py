@@ -26,6 +26,7 @@ from mili.worker.config import WorkerConfig
 from mili.worker.cpu.batch import Batch, make_batch
 from mili.worker.cpu.decoder import Decoder
 from mili.worker.cpu.kv_cache import KVCache, count_blocks
+from mili.worker.cpu.reader import read_embeddings, read_samples, read_scores
 from mili.worker.cpu.sampler import sample_rows
 from mili.worker.cpu.sequence_table import CpuSequenceTable, IntArray
 from mili.worker.dtype import choose_dtype
@@ -115,25 +116,31 @@ class CpuRunner:
         columns = (taken.rows, taken.starts, taken.counts)
         rows, starts, counts = (np.array(column, np.int64) for column in columns)
         num_new, token_ids = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
+        result = StepResult(step=command.step)
         alive = np.flatnonzero(~self._table.is_faulted(rows))
         if alive.size:
             batch = make_batch(self._table, self._cache, rows[alive], starts[alive], counts[alive])
-            sampled, tokens = self._compute(batch)
-            places = alive[batch.order[sampled]]
-            num_new[places], token_ids[places] = 1, tokens
-        return StepResult(
-            step=command.step,
-            num_new=num_new.tolist(),
-            token_ids=token_ids[num_new == 1].tolist(),
-            faults=[
-                RowFault(index=index, kind=ROW_FAULT_KIND_NUMERIC)
-                for index in np.flatnonzero(self._table.is_faulted(rows)).tolist()
-            ],
-            device_microseconds=round((time.perf_counter() - started) * 1e6),
+            places = alive[batch.order]
+            sampled, tokens = self._compute(batch, result)
+            num_new[places[sampled]], token_ids[places[sampled]] = 1, tokens
+            for read in result.logprobs:
+                read.index = places[read.index]
+            for embedding in result.embeddings:
+                embedding.index = places[embedding.index]
+        result.num_new.extend(num_new.tolist())
+        result.token_ids.extend(token_ids[num_new == 1].tolist())
+        result.faults.extend(
+            RowFault(index=index, kind=ROW_FAULT_KIND_NUMERIC)
+            for index in np.flatnonzero(self._table.is_faulted(rows)).tolist()
         )
+        result.device_microseconds = round((time.perf_counter() - started) * 1e6)
+        return result
 
-    def _compute(self, batch: Batch) -> tuple[IntArray, IntArray]:
-        """Run the model; return which of the batch's rows sampled a token, and the tokens."""
+    def _compute(self, batch: Batch, result: StepResult) -> tuple[IntArray, IntArray]:
+        """Run the model; return which of the batch's rows sampled a token, and the tokens.
+
+        What else is read goes into the result, with its index into the batch's rows.
+        """
         table = self._table
         hidden = self._decoder.forward(batch, self._cache)
         for row, end in zip(batch.rows.tolist(), batch.ends.tolist(), strict=True):
@@ -143,6 +150,9 @@ class CpuRunner:
         if not finite.all():
             self._fault(batch, ~np.logical_and.reduceat(finite, batch.first_tokens))
         complete = batch.ends == table.known(batch.rows)
+        if table.wanted:
+            self._read(batch, hidden, complete, result)
+            complete &= table.generates(batch.rows)
         sampled = np.flatnonzero(complete & ~table.is_faulted(batch.rows))
         if not sampled.size:
             return sampled, sampled
@@ -154,9 +164,30 @@ class CpuRunner:
         if not finite.all():
             self._fault(batch, np.isin(np.arange(len(batch.rows)), sampled[~finite]))
             sampled, logits = sampled[finite], logits[torch.from_numpy(finite)]
-        tokens = sample_rows(logits, table, batch.rows[sampled]).numpy()
-        table.append_tokens(batch.rows[sampled], tokens)
-        return sampled, tokens
+        raw = logits.clone() if table.wanted else logits  # sampling overwrites them
+        tokens = sample_rows(logits, table, batch.rows[sampled])
+        table.append_tokens(batch.rows[sampled], tokens.numpy())
+        if table.wanted:
+            result.logprobs.extend(read_samples(table, batch, sampled, raw, tokens))
+        return sampled, tokens.numpy()
+
+    def _read(
+        self,
+        batch: Batch,
+        hidden: torch.Tensor,
+        complete: npt.NDArray[np.bool_],
+        result: StepResult,
+    ) -> None:
+        """Read what rows are asked for beside tokens; complete: [rows], all of it is computed."""
+        table = self._table
+        scores, wrong = read_scores(self._decoder, table, batch, hidden)
+        if (wrong & ~table.is_faulted(batch.rows)).any():
+            self._fault(batch, wrong)
+        embedding = complete & table.embeds(batch.rows) & ~table.is_faulted(batch.rows)
+        result.logprobs.extend(scores)
+        if embedding.any():
+            places = np.flatnonzero(embedding)
+            result.embeddings.extend(read_embeddings(self._decoder, batch, places, hidden))
 
     def _fault(self, batch: Batch, rows: npt.NDArray[np.bool_]) -> None:
         """Mark rows, [rows] bool, until they are admitted again, and clear what they wrote."""

@@ -66,6 +66,16 @@ class CpuSequenceTable(SequenceTable):
         """Whether each row is."""
         return np.array([row in self.faulted for row in rows.tolist()], np.bool_)
 
+    def generates(self, rows: IntArray) -> npt.NDArray[np.bool_]:
+        """Whether each row samples a token when all it knows is computed."""
+        wanted = map(self.wanted.get, rows.tolist())
+        return np.array([each is None or each.generates for each in wanted], np.bool_)
+
+    def embeds(self, rows: IntArray) -> npt.NDArray[np.bool_]:
+        """Whether each row gives a vector instead."""
+        wanted = map(self.wanted.get, rows.tolist())
+        return np.array([each is not None and each.embeds for each in wanted], np.bool_)
+
     def append_tokens(self, rows: IntArray, token_ids: IntArray) -> None:
         """Append each row's sampled token to what it knows."""
         self.token_ids[rows, self.known(rows)] = token_ids

@@ -132,6 +132,33 @@ class Decoder:
             overlap=True,
         )
 
+    def finish_tokens(
+        self, index: torch.Tensor, rows: torch.Tensor, table: SequenceTensors, count: torch.Tensor
+    ) -> None:
+        """Compute what is left of a prefill for some of its tokens, and leave the normed hidden
+        states in `activations.sampled`, in place of the samples'.
+
+        index, rows: [tokens] int32, where each stands in the batch, and its table row; count:
+        [>= 1] int32, how many; what follows is padding. No more than there is room for samples.
+        """
+        tokens, activations = len(index), self.activations
+        x, attended = activations.last_x[:tokens], activations.last_attended[:tokens]
+        torch.index_select(activations.x, 0, index, out=x)
+        torch.index_select(activations.attended, 0, index, out=attended)
+        self._layers.end(self._config.num_layers - 1, x, attended)
+        final_norm(
+            x,
+            None,
+            self.weights.norm,
+            self._config.norm_epsilon,
+            rows,
+            self._sample_order[:tokens],
+            table.faulted,
+            count,
+            activations.sampled,
+            overlap=True,
+        )
+
     def _embed(self, batch: BatchTensors, num_tokens: int) -> torch.Tensor:
         """Begin the residual stream, [num_tokens, hidden], and leave its first norm in `normed`."""
         x, normed = self.activations.x[:num_tokens], self.activations.normed[:num_tokens]

@@ -15,6 +15,7 @@ from mili.kernels import (
     activation,
     decode_attention,
     gemv,
+    logprobs,
     norm,
     prefill_attention,
     rope,
@@ -86,6 +87,7 @@ def kernels_of(
     yield prefill_attention.source(dtype, shape.head_dim)
     yield "samples", samples.constants(dtype, hidden, q_size)
     yield "sampling", {"SCALAR": "__nv_bfloat16"}
+    yield "logprobs", logprobs.CONSTANTS
     for rows in row_buckets(few_rows_limit(shape, dtype)):
         for n, k in ((qkv_size, hidden), (hidden, q_size), (hidden, size)):
             yield gemv.source(dtype, rows=rows, n=n, k=k)

@@ -9,8 +9,11 @@ from typing import NamedTuple
 
 from mili.internal.v1.step_pb2 import ROW_FAULT_KIND_NUMERIC, RowFault, StepResult
 from mili.kernels.step import MAX_ROWS
+from mili.worker.cuda.reader import StepReadings
 from mili.worker.cuda.staging import StepRows
 from mili.worker.cuda.transfer import Slot
+
+_NOBODY: frozenset[int] = frozenset()
 
 
 class PendingStep(NamedTuple):
@@ -19,6 +22,7 @@ class PendingStep(NamedTuple):
     step: int
     rows: StepRows
     slot: Slot
+    readings: StepReadings | None = None
 
     def result(self) -> StepResult:
         """Wait for the step's end. May be called from another thread."""
@@ -30,19 +34,26 @@ class PendingStep(NamedTuple):
         result.device_microseconds = round(slot.started.elapsed_time(slot.ended) * 1000)
         tokens = slot.output[: rows.num_samples].tolist()
         faulted = slot.output[MAX_ROWS : MAX_ROWS + len(rows.rows)].tolist()
-        if is_in_order and 1 not in faulted:
+        readings = self.readings
+        silent = readings.silent if readings else _NOBODY
+        if is_in_order and 1 not in faulted and not silent:
             result.token_ids.extend(tokens)
         else:
-            self._sort_into(result, tokens, faulted)
+            self._sort_into(result, tokens, faulted, silent)
+        if readings:
+            readings.fill(result, rows.order, faulted)
         return result
 
-    def _sort_into(self, result: StepResult, tokens: list[int], faulted: list[int]) -> None:
-        """Into the command's order, without the tokens of faulted rows."""
+    def _sort_into(
+        self, result: StepResult, tokens: list[int], faulted: list[int], silent: frozenset[int]
+    ) -> None:
+        """Into the command's order, without the tokens of faulted and of silent rows."""
         rows, remaining = self.rows, iter(tokens)
         by_place: dict[int, int] = {}
-        for place, samples, fault in zip(rows.order, rows.samples, faulted, strict=True):
+        columns = zip(rows.order, rows.samples, faulted, strict=True)
+        for index, (place, samples, fault) in enumerate(columns):
             token = next(remaining) if samples else None
-            if token is not None and not fault:
+            if token is not None and not fault and index not in silent:
                 by_place[place] = token
         places = range(len(rows.order))
         del result.num_new[:]

@@ -31,6 +31,7 @@ from mili.worker.cuda.graphs import Graphs
 from mili.worker.cuda.loading import load_decoder
 from mili.worker.cuda.memory import check_device, count_blocks, log_capacity, out_of_memory
 from mili.worker.cuda.pending_step import PendingStep
+from mili.worker.cuda.reader import Reader, due
 from mili.worker.cuda.staging import order_rows, pack_deltas, pack_rows
 from mili.worker.cuda.transfer import Transfer
 from mili.worker.models.config import context_limit, read_decoder_config
@@ -100,6 +101,7 @@ class CudaRunner:
                 device=device,
             )
             self._decoder.attach(self.cache, MAX_ROWS)
+            self._reader = Reader(self._decoder, self._sequences, max_samples)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error, device) from error
         log_capacity(num_blocks, config.block_size, self._sequences.sampling.num_bytes)
@@ -176,19 +178,27 @@ class CudaRunner:
         torch.cuda.set_stream(self._stream)
         torch.cuda.nvtx.range_push(f"step {command.step}")  # type: ignore[no-untyped-call]
         self._transfer.begin(slot, pack_deltas(command, taken.appended))
-        self._run(rows.num_tokens, rows.num_decode_rows, rows.num_samples)
+        wanted = self._table.wanted
+        scored = due(rows, wanted) if wanted else []
+        self._run(rows.num_tokens, rows.num_decode_rows, rows.num_samples, scores=bool(scored))
+        readings = self._reader.read(rows, wanted, scored) if wanted else None
         self._transfer.end(slot)
         torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
-        return PendingStep(command.step, rows, slot)
+        return PendingStep(command.step, rows, slot, readings)
 
     def execute(self, command: StepCommand) -> StepResult:
         """Execute one step, and wait for it."""
         return self.start(command).result()
 
-    def _run(self, num_tokens: int, num_decode_rows: int, num_samples: int) -> None:
-        """Compute the batch that the input names, in the smallest graphs that hold it."""
+    def _run(
+        self, num_tokens: int, num_decode_rows: int, num_samples: int, *, scores: bool = False
+    ) -> None:
+        """Compute the batch that the input names, in the smallest graphs that hold it.
+
+        scores: known tokens are scored, for which a prefill keeps what is needed.
+        """
         num_rows = smallest(self._row_buckets, num_decode_rows)
-        if num_rows is not None and num_tokens == num_decode_rows:
+        if num_rows is not None and num_tokens == num_decode_rows and not scores:
             self._graphs.run(("decode", num_rows), partial(self._decode, num_rows))
             return
         decodes = num_decode_rows > 0

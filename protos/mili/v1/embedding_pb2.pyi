@@ -29,12 +29,15 @@ class EmbedRequest(_message.Message):
     DIMENSIONS_FIELD_NUMBER: _builtins.int
     SCHEDULING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
+    """Empty = the only one."""
     normalize: _builtins.bool
     """Defaults to true: unit length."""
     dimensions: _builtins.int
-    """Keep the first N dimensions (Matryoshka) before normalizing."""
+    """Keep the first N dimensions (Matryoshka) before normalizing; all of them by default."""
     @_builtins.property
-    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___EmbedInput]: ...
+    def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___EmbedInput]:
+        """From 1 to 1,024, and no more than fit an answer of 4 MiB."""
+
     @_builtins.property
     def scheduling(self) -> _inference_pb2.SchedulingHints: ...
     def __init__(
@@ -68,8 +71,13 @@ class EmbedInput(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     text: _builtins.str
+    """Of an input or a context with the special tokens that the tokenizer adds (Qwen3-Embedding's
+    adds the one whose state is the vector), of a continuation without.
+    """
     @_builtins.property
-    def token_ids(self) -> _inference_pb2.TokenIds: ...
+    def token_ids(self) -> _inference_pb2.TokenIds:
+        """As they are."""
+
     def __init__(
         self,
         *,
@@ -93,7 +101,9 @@ class EmbedResponse(_message.Message):
     EMBEDDINGS_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def embeddings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Embedding]: ...
+    def embeddings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Embedding]:
+        """Of each input, in order."""
+
     @_builtins.property
     def usage(self) -> _inference_pb2.Usage: ...
     def __init__(
@@ -139,10 +149,15 @@ class ScoreRequest(_message.Message):
     CONTINUATIONS_FIELD_NUMBER: _builtins.int
     SCHEDULING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
+    """Empty = the only one."""
     @_builtins.property
-    def context(self) -> Global___EmbedInput: ...
+    def context(self) -> Global___EmbedInput:
+        """What every continuation follows: not empty, since the first token of all has no probability."""
+
     @_builtins.property
-    def continuations(self) -> _containers.RepeatedCompositeFieldContainer[Global___EmbedInput]: ...
+    def continuations(self) -> _containers.RepeatedCompositeFieldContainer[Global___EmbedInput]:
+        """From 1 to 1,024. Each is turned into tokens by itself."""
+
     @_builtins.property
     def scheduling(self) -> _inference_pb2.SchedulingHints: ...
     def __init__(
@@ -168,9 +183,13 @@ class ScoreResponse(_message.Message):
     SCORES_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def scores(self) -> _containers.RepeatedCompositeFieldContainer[Global___Score]: ...
+    def scores(self) -> _containers.RepeatedCompositeFieldContainer[Global___Score]:
+        """Of each continuation, in order."""
+
     @_builtins.property
-    def usage(self) -> _inference_pb2.Usage: ...
+    def usage(self) -> _inference_pb2.Usage:
+        """prompt_tokens counts the context once."""
+
     def __init__(
         self,
         *,

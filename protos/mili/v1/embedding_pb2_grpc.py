@@ -52,14 +52,15 @@ class EmbeddingServiceServicer:
     """
 
     def Embed(self, request, context):
-        """One vector per input, pooled from the last token.
+        """One vector per input, in order: the last token's hidden state after the model's final norm.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Score(self, request, context):
-        """Log-likelihood of each continuation after the context.
+        """Log-likelihood of each continuation after the context, of the model's raw logits. The context
+        is computed once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

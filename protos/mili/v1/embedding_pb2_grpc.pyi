@@ -34,9 +34,11 @@ class EmbeddingServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> EmbeddingServiceAsyncStub: ...
     Embed: _grpc.UnaryUnaryMultiCallable[_embedding_pb2.EmbedRequest, _embedding_pb2.EmbedResponse]
-    """One vector per input, pooled from the last token."""
+    """One vector per input, in order: the last token's hidden state after the model's final norm."""
     Score: _grpc.UnaryUnaryMultiCallable[_embedding_pb2.ScoreRequest, _embedding_pb2.ScoreResponse]
-    """Log-likelihood of each continuation after the context."""
+    """Log-likelihood of each continuation after the context, of the model's raw logits. The context
+    is computed once.
+    """
 
 @_typing.type_check_only
 class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
@@ -44,9 +46,11 @@ class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Embed: _aio.UnaryUnaryMultiCallable[_embedding_pb2.EmbedRequest, _embedding_pb2.EmbedResponse]  # type: ignore[assignment]
-    """One vector per input, pooled from the last token."""
+    """One vector per input, in order: the last token's hidden state after the model's final norm."""
     Score: _aio.UnaryUnaryMultiCallable[_embedding_pb2.ScoreRequest, _embedding_pb2.ScoreResponse]  # type: ignore[assignment]
-    """Log-likelihood of each continuation after the context."""
+    """Log-likelihood of each continuation after the context, of the model's raw logits. The context
+    is computed once.
+    """
 
 class EmbeddingServiceServicer(metaclass=_abc_1.ABCMeta):
     """Vectors and likelihoods: forward passes that sample nothing."""
@@ -57,7 +61,7 @@ class EmbeddingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _embedding_pb2.EmbedRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_embedding_pb2.EmbedResponse, _abc.Awaitable[_embedding_pb2.EmbedResponse]]:
-        """One vector per input, pooled from the last token."""
+        """One vector per input, in order: the last token's hidden state after the model's final norm."""
 
     @_abc_1.abstractmethod
     def Score(
@@ -65,6 +69,8 @@ class EmbeddingServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _embedding_pb2.ScoreRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_embedding_pb2.ScoreResponse, _abc.Awaitable[_embedding_pb2.ScoreResponse]]:
-        """Log-likelihood of each continuation after the context."""
+        """Log-likelihood of each continuation after the context, of the model's raw logits. The context
+        is computed once.
+        """
 
 def add_EmbeddingServiceServicer_to_server(servicer: EmbeddingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -615,9 +615,13 @@ class OutputOptions(_message.Message):
     """Defaults to true."""
     token_ids: _builtins.bool
     top_logprobs: _builtins.int
-    """Log-probability of each generated token plus this many alternatives."""
+    """Log-probability of each generated token plus this many alternatives, up to 20; 0 = of the token
+    alone. Of the model's raw logits: no sampling parameter changes them.
+    """
     prompt_top_logprobs: _builtins.int
-    """The same for prompt tokens (disables reading the prefix cache for this request)."""
+    """The same for prompt tokens, but for the first (disables reading the prefix cache for this
+    request). Refused in a unary call where it would not fit a message.
+    """
     skip_special_tokens: _builtins.bool
     """Defaults to true."""
     parse_reasoning: _builtins.bool
@@ -956,11 +960,13 @@ class TokenLogprob(_message.Message):
     token: _builtins.bytes
     """Raw bytes: one token can be part of a UTF-8 character."""
     logprob: _builtins.float
-    """Unset for the first prompt token."""
+    """The logarithm of the probability that the model gave it."""
     rank: _builtins.int
-    """1 = the most likely."""
+    """1 = the most likely; of equals the lower id is."""
     @_builtins.property
-    def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]: ...
+    def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """The most likely tokens, in order: as many as were asked for."""
+
     def __init__(
         self,
         *,
@@ -1038,6 +1044,7 @@ class PromptLogprobs(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     RANKS_FIELD_NUMBER: _builtins.int
     first_position: _builtins.int
+    """1 at least: nothing stands before the first token that could give it a probability."""
     width: _builtins.int
     """Columns per position: the prompt's own token first, then the alternatives."""
     @_builtins.property

@@ -47,6 +47,7 @@ class _TaskEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Task.ValueType],
     TASK_UNSPECIFIED: _Task.ValueType  # 0
     TASK_GENERATE: _Task.ValueType  # 1
     TASK_EMBED: _Task.ValueType  # 2
+    """These two sample no token: num_new is 0 in the step that computes the last one."""
     TASK_SCORE: _Task.ValueType  # 3
     TASK_FILL: _Task.ValueType  # 4
     """Compute KV only (a pinned or migrated prefix)."""
@@ -56,6 +57,7 @@ class Task(_Task, metaclass=_TaskEnumTypeWrapper): ...
 TASK_UNSPECIFIED: Task.ValueType  # 0
 TASK_GENERATE: Task.ValueType  # 1
 TASK_EMBED: Task.ValueType  # 2
+"""These two sample no token: num_new is 0 in the step that computes the last one."""
 TASK_SCORE: Task.ValueType  # 3
 TASK_FILL: Task.ValueType  # 4
 """Compute KV only (a pinned or migrated prefix)."""
@@ -543,6 +545,7 @@ class Admission(_message.Message):
     GRAMMAR_FIELD_NUMBER: _builtins.int
     NUM_LOGPROBS_FIELD_NUMBER: _builtins.int
     SCORE_FROM_FIELD_NUMBER: _builtins.int
+    NUM_SCORED_ALTERNATIVES_FIELD_NUMBER: _builtins.int
     row: _builtins.int
     admission: _builtins.int
     """Unique per admission, not per request: results of an older admission are told apart."""
@@ -554,8 +557,13 @@ class Admission(_message.Message):
     adapter: _builtins.int
     grammar: _builtins.int
     num_logprobs: _builtins.int
+    """Tell the log-probability of each sampled token, and of so many alternatives."""
     score_from: _builtins.int
-    """Log-probabilities of known tokens from this position on (prompt logprobs, scoring)."""
+    """Tell the log-probabilities of the tokens of this admission from this position on (prompt
+    logprobs, scoring); 1 at least, since nothing stands before the first token.
+    """
+    num_scored_alternatives: _builtins.int
+    """Alternatives beside each of these."""
     @_builtins.property
     def sampling(self) -> Global___Sampling: ...
     def __init__(
@@ -571,10 +579,11 @@ class Admission(_message.Message):
         grammar: _builtins.int = ...,
         num_logprobs: _builtins.int | None = ...,
         score_from: _builtins.int | None = ...,
+        num_scored_alternatives: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_num_logprobs", b"_num_logprobs", "_score_from", b"_score_from", "num_logprobs", b"num_logprobs", "sampling", b"sampling", "score_from", b"score_from"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_logprobs", b"_num_logprobs", "_score_from", b"_score_from", "adapter", b"adapter", "admission", b"admission", "grammar", b"grammar", "num_logprobs", b"num_logprobs", "num_prompt_tokens", b"num_prompt_tokens", "row", b"row", "sampling", b"sampling", "score_from", b"score_from", "task", b"task", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_logprobs", b"_num_logprobs", "_score_from", b"_score_from", "adapter", b"adapter", "admission", b"admission", "grammar", b"grammar", "num_logprobs", b"num_logprobs", "num_prompt_tokens", b"num_prompt_tokens", "num_scored_alternatives", b"num_scored_alternatives", "row", b"row", "sampling", b"sampling", "score_from", b"score_from", "task", b"task", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__num_logprobs: _TypeAlias = _typing.Literal["num_logprobs"]  # noqa: Y015
     _WhichOneofArgType__num_logprobs: _TypeAlias = _typing.Literal["_num_logprobs", b"_num_logprobs"]  # noqa: Y015
@@ -741,7 +750,12 @@ Global___RowFault: _TypeAlias = RowFault  # noqa: Y015
 
 @_typing.final
 class Logprobs(_message.Message):
-    """Column-wise: [positions * width] in each, uint32, float32 and uint32 little-endian."""
+    """What the model said of the tokens at some positions of a row, before any sampling parameter:
+    the logarithm of the softmax of its raw logits, and the rank (1 = the most likely; of equals the
+    lower id is). Column-wise: [positions * width] in each, uint32, float32 and uint32 little-endian.
+    Of each position first its own token, then the width - 1 most likely ones in order. A sampled
+    token comes in a message of its own.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -752,6 +766,7 @@ class Logprobs(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     RANKS_FIELD_NUMBER: _builtins.int
     index: _builtins.int
+    """Into rows."""
     first_position: _builtins.int
     width: _builtins.int
     token_ids: _builtins.bytes
@@ -777,11 +792,16 @@ Global___Logprobs: _TypeAlias = Logprobs  # noqa: Y015
 
 @_typing.final
 class Embedding(_message.Message):
+    """With TASK_EMBED, in the step that computes the last token: its hidden state after the final norm,
+    float32 little-endian.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     INDEX_FIELD_NUMBER: _builtins.int
     VALUES_FIELD_NUMBER: _builtins.int
     index: _builtins.int
+    """Into rows."""
     values: _builtins.bytes
     def __init__(
         self,
