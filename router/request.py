@@ -414,10 +414,10 @@ class Request:
         if may_stop and token_id in params.stop_token_ids:
             return self.end(Finish(FinishReason.STOP_TOKEN, token_id))
         matched = self.text.push(token_id, may_stop=may_stop) if self.text else None
-        if isinstance(matched, str):
+        if matched is not None and isinstance(matched, str):
             return self.end(Finish(FinishReason.STOP_SEQUENCE, matched))
         if num_tokens < self.max_length:
-            return None if matched is None else self._force(matched.token_ids)
+            return self._force(matched.token_ids) if matched else None
         spent = num_output >= params.max_tokens
         return self.end(Finish(FinishReason.MAX_TOKENS if spent else FinishReason.CONTEXT_LENGTH))
 

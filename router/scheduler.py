@@ -295,9 +295,8 @@ class Scheduler:
             request.fail(Reason.NUMERIC_FAULT, "the model computed a value that is no number")
         elif token is not None:
             assert row.samples
-            num_known = len(request.token_ids)
             request.accept(token)
-            num_new = len(request.token_ids) - num_known
+            num_new = 1 + len(request.forced)
             request.account.charge_output_token()
             if request.row:
                 self.pace.num_known += num_new

@@ -52,6 +52,7 @@ class Family:
         return usages[0]._replace(
             completion_tokens=sum(usage.completion_tokens for usage in usages),
             recomputed_tokens=sum(usage.recomputed_tokens for usage in usages),
+            reasoning_tokens=sum(usage.reasoning_tokens for usage in usages),
         )
 
     def timing(self, now: float) -> Timing:

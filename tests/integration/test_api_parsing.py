@@ -18,6 +18,7 @@ from mili.router.ledger import Ledger
 from mili.router.meters import Meters
 from mili.router.parsers.formats import read_formats
 from mili.router.request import GenerationParams, Request, Usage
+from mili.router.siblings import Siblings
 from mili.router.texts import Texts
 from mili.router.tokenizer import Tokenizer
 from mili.v1 import inference_pb2 as pb
@@ -51,10 +52,10 @@ class Actor(NamedTuple):
     async def say(self, request_id: str, tokens: list[int]) -> Usage:
         """Generate these tokens for a request that was submitted."""
         params = self.engine.params[request_id]
-        request, ledger = self._request(request_id, params), Ledger(Meters())
+        request, ledger = self._request(request_id, params), Ledger(Meters(), Siblings())
         ledger.open(request)
         request.worker = "w"
-        self.engine.deliver([ledger.started(request, 0.0)])
+        self.engine.deliver(ledger.started([request], 0.0))
         for token in tokens:
             request.accept(token)
             self.engine.deliver([ledger.output(request, token, 0.0)])
