@@ -87,7 +87,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield served
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3600)
 def test_drawn_calls(served: Served) -> None:
     (router,) = served.children("router")
     with grpc.insecure_channel(served.admin) as channel:
