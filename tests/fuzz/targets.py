@@ -20,6 +20,7 @@ from mili.router.tokenizer import Tokenizer
 from mili.worker.session import Session
 from tests.scripted_worker import Link, ScriptedWorker, make_hello
 from tests.tokenizer_folders import every_kind, model_folder
+from tests.unit.test_parsers import BEGIN, CALL, END, ENDS, SEP, SYNTAXES, parse
 
 _Told = TypeVar("_Told")
 
@@ -65,11 +66,31 @@ def step_decoder(data: bytes) -> None:
     session.tick(pb.Heartbeat(), 5.0)
 
 
+def tool_calls(data: bytes) -> None:
+    """What is told of reasoning and calls is the same however the text is cut."""
+    text = "".join(map(_fragment, data[:64]))
+    for syntax in SYNTAXES.values():
+        check_cuts(lambda pieces, syntax=syntax: parse(pieces, syntax), text, data)
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "detokenizer": detokenizer,
     "stop_matcher": stop_matcher,
     "step_decoder": step_decoder,
+    "tool_calls": tool_calls,
 }
+
+
+# What texts with calls are made of: bytes would hardly ever spell a tag.
+_FRAGMENTS = (
+    "<think>", "</think>", "<tool_call>", "</tool_call>", "<|python_tag|>", BEGIN, CALL, SEP, END,
+    ENDS, '{"name": "f", "arguments": ', '{"name": "f", "parameters": ', '{"a": [1, "x"]}', "}",
+    "{", '"', "\\", "```json\n", "\n```", "function", "\n", "f", " ", "<", "</", "1", ",", ":", "ü",
+)  # fmt: skip
+
+
+def _fragment(byte: int) -> str:
+    return _FRAGMENTS[byte] if byte < len(_FRAGMENTS) else chr(byte)
 
 
 def check_cuts(read: Callable[[Sequence[str]], _Told], text: str, source: bytes) -> None:

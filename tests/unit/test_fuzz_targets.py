@@ -21,6 +21,7 @@ SECONDS = int(os.environ.get("MILI_FUZZ_SECONDS", "3"))
 SEEDS = {
     "detokenizer": [bytes([kind]) + bytes(range(64)) for kind in range(10)],
     "stop_matcher": [b"ab\nabc\nxabab" * 3, b"aa\na\naaa", b"stop\n\ntop\nstostop"],
+    "tool_calls": [bytes([0, 21, 1, 2, 10, 12, 13, 3]), bytes([5, 6, 19, 7, 21, 17, 12, 18, 8, 9])],
     "step_decoder": [
         frame.SerializeToString()
         for frame in (
