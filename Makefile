@@ -34,7 +34,7 @@ test: .venv/.dev lint types
 	$(MAKE) simulate
 
 nightly: .venv/.dev
-	$(BIN)/pytest -m "not gpu"
+	MILI_FUZZ_CALLS=200000 MILI_FUZZ_SECONDS=600 $(BIN)/pytest -m "not gpu"
 	$(MAKE) simulate SEEDS=10000
 
 simulate: .venv/.dev

@@ -9,6 +9,7 @@ import asyncio
 import gc
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -39,6 +40,8 @@ CLEAN, CRASH, USAGE = 0, 1, 2
 TICK_SECONDS = 0.1
 # Hardly anything here is garbage that only a collector finds; a collection may last many steps.
 GC_THRESHOLD = (50_000, 20, 50)
+# Seconds. What a thread for text may keep the interpreter for while the loop has something to do.
+SWITCH_INTERVAL = 0.001
 
 log = structlog.get_logger()
 
@@ -129,9 +132,7 @@ class Router:
             loop.add_signal_handler(number, self._stop.set)
         loop.set_exception_handler(forgive_cancelled)
         loop.add_signal_handler(signal.SIGUSR1, self._record)
-        # What lives now lives to the end: the collector need not look at it again and again.
-        gc.freeze()
-        gc.set_threshold(*GC_THRESHOLD)
+        prefer_the_loop()
         ticker = asyncio.create_task(self._tick())
         await self._stop.wait()
         if self._exit_code == CLEAN:
@@ -211,6 +212,14 @@ class Router:
                 )
             )
         return statuses
+
+
+def prefer_the_loop() -> None:
+    """Let nothing else in this process keep the loop for long."""
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    # What lives now lives to the end: the collector need not look at it again and again.
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLD)
 
 
 def forgive_cancelled(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -237,10 +237,11 @@ def make_folder(
 async def running_api(
     folder: ModelFolder,
     tenants: Tenants | None = None,
+    engine: FakeEngine | None = None,
     **settings: Any,  # noqa: ANN401
 ) -> AsyncIterator[tuple[ApiServer, FakeEngine]]:
     """Serve a fake engine on two free ports; nothing may be live at the end."""
-    engine = FakeEngine()
+    engine = engine or FakeEngine()
     config = RouterConfig(**{"model": str(folder.path), "port": 0, "admin_port": 0} | settings)
     server = ApiServer(
         engine,

@@ -129,8 +129,13 @@ def _guard(
             answer_many, response_serializer=handler.response_serializer
         )
     return grpc.stream_unary_rpc_method_handler(
-        answer_one, response_serializer=handler.response_serializer
+        answer_one, response_serializer=_bytes_or(handler.response_serializer)
     )
+
+
+def _bytes_or(serialize: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+    """Let a method answer with a message or with its bytes, made where they held up nobody."""
+    return lambda answer: answer if isinstance(answer, bytes) else serialize(answer)
 
 
 async def _only(requests: AsyncIterator[bytes], parse: Callable[[bytes], Any]) -> Any:  # noqa: ANN401

@@ -72,6 +72,8 @@ class TextThreads:
             return await asyncio.shield(asyncio.wrap_future(future))
         finally:
             wanted = False
+            # It holds an error whose traceback holds this frame, and the request.
+            del future
 
     def close(self) -> None:
         """Forget the work that waits."""

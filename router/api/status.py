@@ -5,8 +5,9 @@ Owns the status contract. Does not know requests, engines or services.
 
 from __future__ import annotations
 
+import asyncio
 import math
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -103,10 +104,16 @@ def code_number(reason: Reason) -> int:
     return int(_CODES[reason].value[0])
 
 
-async def abort(context: Context, error: RequestError) -> NoReturn:
-    """End the call with the error's status, details and retry trailer."""
+async def abort(context: Context, error: RequestError) -> None:
+    """Send the error's status, details and retry trailer; the handler must then return.
+
+    Raises CancelledError where the caller is gone, and cannot be told.
+    """
     code = _CODES[error.reason]
-    status = status_pb2.Status(code=code.value[0], message=clip(error.message))
+    # A caller's own words may be in it. gRPC encodes what is not ASCII, and now and then a client
+    # finds it encoded still: then it differs from the message in the details, which is refused.
+    message = clip(error.message).encode("ascii", "backslashreplace").decode()
+    status = status_pb2.Status(code=code.value[0], message=message)
     retry_after = _retry_after(error)
     for detail in _details(error, retry_after):
         packed = AnyMessage()
@@ -117,7 +124,14 @@ async def abort(context: Context, error: RequestError) -> NoReturn:
         trailers += (("grpc-retry-pushback-ms", "-1"),)
     elif retry_after is not None:
         trailers += (("grpc-retry-pushback-ms", str(math.ceil(retry_after * 1000))),)
-    await context.abort(code, status.message, trailers)
+    try:
+        await context.abort(code, status.message, trailers)
+    except aio.AbortError as aborted:
+        # gRPC keeps it with the call, and raises it again when the handler has returned. With our
+        # frames in it, it would be garbage that only the collector finds, the request with it.
+        aborted.__traceback__ = aborted.__context__ = None
+    except aio.InternalError:
+        raise asyncio.CancelledError from None
 
 
 def _retry_after(error: RequestError) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -195,6 +196,20 @@ async def test_a_15_mb_prompt_is_read_and_refused(channel: aio.Channel) -> None:
         pb.GenerateRequest(generation=ids(15_000_000))
     )
     assert (await failure(call))[1] == "CONTEXT_TOO_LONG"
+
+
+async def test_a_refused_request_is_forgotten_at_once(channel: aio.Channel) -> None:
+    """Else a flood of them fills the memory, and the loop stands still for seconds to find them."""
+    stub = inference_pb2_grpc.InferenceServiceStub(channel)
+    request = pb.GenerateRequest(generation=pb.Generation(text="x" * 15_000_000))
+    gc.disable()
+    try:
+        for _ in range(10):
+            assert (await failure(stub.Generate(request)))[1] == "CONTEXT_TOO_LONG"
+        held = [thing for thing in gc.get_objects() if isinstance(thing, pb.GenerateRequest)]
+    finally:
+        gc.enable()
+    assert len(held) <= 2  # ours, and perhaps the last that came
 
 
 async def test_garbage_bytes_on_the_port(

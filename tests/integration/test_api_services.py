@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import time
 from collections.abc import AsyncIterator
 from importlib.metadata import version
@@ -137,6 +138,27 @@ async def test_tokenize_and_back(public: aio.Channel) -> None:
     assert list((await stub.Detokenize(detokenize)).texts) == ["aä", "", ""]
     detokenize.skip_special_tokens = False
     assert list((await stub.Detokenize(detokenize)).texts) == texts
+
+
+async def test_long_texts_are_tokenized_whole(public: aio.Channel) -> None:
+    """The answer's bytes are made in pieces, and each text has its own."""
+    stub = model_pb2_grpc.TokenizerServiceStub(public)
+    texts = ["aé" * 9000, "", "b" * 8192, "c" * 200]
+    request = model_pb2.TokenizeRequest(texts=texts, return_offsets=True)
+    results = (await stub.Tokenize(request)).results
+    for text, result in zip(texts, results, strict=True):
+        characters = [character.encode() for character in text]
+        ends = list(itertools.accumulate(len(each) for each in characters))
+        spans = [
+            span
+            for each, end in zip(characters, ends, strict=True)
+            for span in [(end - len(each), end)] * len(each)
+        ]
+        assert list(zip(result.start_bytes, result.end_bytes, strict=True)) == spans
+        assert len(result.ids) == len(text.encode())
+    request.return_offsets = False
+    plain = (await stub.Tokenize(request)).results
+    assert [list(each.ids) for each in plain] == [list(each.ids) for each in results]
 
 
 @pytest.mark.parametrize(

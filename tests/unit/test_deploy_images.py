@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import subprocess
 import sys
@@ -238,3 +239,25 @@ def test_prometheus_scrapes_the_ports_that_are_set() -> None:
     assert worker["dns_sd_configs"][0]["names"] == ["worker"]
     for file in scraping["rule_files"]:
         assert (ROOT / "deploy/prometheus" / file).exists()
+
+
+def test_grafana_finds_its_dashboard_and_the_dashboard_its_prometheus() -> None:
+    compose = yaml.safe_load((ROOT / "deploy/compose.metrics.yaml").read_text())
+    grafana = compose["services"]["grafana"]
+    mounts = dict(volume.removesuffix(":ro").split(":") for volume in grafana["volumes"])
+    inside = {there: ROOT / "deploy" / here for here, there in mounts.items()}
+    provisioning = inside["/etc/grafana/provisioning"]
+    (source,) = yaml.safe_load((provisioning / "datasources/prometheus.yml").read_text())[
+        "datasources"
+    ]
+    host, _, port = source["url"].removeprefix("http://").partition(":")
+    assert compose["services"][host]["ports"] == [f"127.0.0.1:{port}:{port}"]
+    (provider,) = yaml.safe_load((provisioning / "dashboards/mili.yml").read_text())["providers"]
+    home = Path(grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
+    assert str(home.parent) == provider["options"]["path"]
+    dashboard = json.loads((inside[str(home.parent)] / home.name).read_text())
+    drawn = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+    targets = [target for panel in drawn for target in panel["targets"]]
+    assert len(targets) > len(drawn) > 10
+    assert {target["datasource"]["uid"] for target in targets} == {source["uid"]}
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])

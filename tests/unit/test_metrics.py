@@ -186,10 +186,17 @@ def test_documents_and_alerts_name_only_metrics_that_there_are(harness: Harness)
     told = set(scrape(harness))
     worker = (ROOT / "worker" / "metrics.py").read_text()
     told |= {
-        name for each in re.findall(r'"(mili_\w+)"', worker) for name in (each, f"{each}_total")
+        each + end
+        for each in re.findall(r'"(mili_\w+)"', worker)
+        for end in ("", "_total", "_bucket")
     }
     told |= {name.removesuffix("_sum") for name in told}
-    for path in (ROOT / "docs/metrics.md", ROOT / "deploy/prometheus/alerts.yml"):
+    for file in (
+        "docs/metrics.md",
+        "deploy/prometheus/alerts.yml",
+        "deploy/grafana/dashboards/mili.json",
+    ):
+        path = ROOT / file
         named = set(re.findall(r"\bmili_\w+", path.read_text()))
         assert named - {"mili_"} <= told, path.name
         assert len(named) >= 4
