@@ -240,6 +240,9 @@ class Simulation:
         )
         if params.task != TASK_GENERATE:
             params = replace(params, max_tokens=1, min_tokens=0)
+        if params.num_logprobs is not None:
+            # Nothing is read of a token that is put in: the API refuses the two together.
+            params = replace(params, max_reasoning_tokens=None)
         text = FakeText(params.stop_sequences, params.max_reasoning_tokens)
         request = self.core.Request(
             f"r{self.to_submit}",
