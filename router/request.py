@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
-from mili.internal.v1.step_pb2 import Sampling
+from mili.internal.v1.step_pb2 import (
+    ROW_FAULT_KIND_GRAMMAR,
+    GrammarKind,
+    RowFaultKind,
+    Sampling,
+)
 from mili.router.cache_memory import Miss
 from mili.router.errors import Reason, RequestError
 from mili.router.fair_share import OUTPUT_TOKEN_COST, Account
@@ -61,6 +66,18 @@ class Scheduling(NamedTuple):
 ORDINARY = Scheduling()
 
 
+class Constraint(NamedTuple):
+    """A grammar that the output must fit.
+
+    start_after_token_ids: it begins behind these, which the model generates first; none for an
+    output that fits from its first token on.
+    """
+
+    kind: GrammarKind.ValueType
+    source: str
+    start_after_token_ids: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationParams:
     """What the caller asked for, checked and with every default filled in.
@@ -88,6 +105,7 @@ class GenerationParams:
     cache_write: bool = True
     scheduling: Scheduling = ORDINARY
     num_sequences: int = 1
+    constraint: Constraint | None = None
 
 
 class TextOutput(Protocol):
@@ -143,6 +161,8 @@ class Timing(NamedTuple):
     preemptions: int
     recoveries: int
     worker: str
+    # Of `queue`: until the worker had the grammar ready.
+    grammar_compile: float = 0.0
 
 
 class Finished(NamedTuple):
@@ -183,6 +203,8 @@ class Request:
         "expected_cost",
         "finish",
         "first_token_at",
+        "grammar",
+        "grammar_seconds",
         "index",
         "last_token_at",
         "max_length",
@@ -265,6 +287,9 @@ class Request:
         self.queued_until = math.inf
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None
+        # The worker's number for its constraint, 0 without one; and how long that took to prepare.
+        self.grammar = 0
+        self.grammar_seconds = 0.0
         self.last_token_at: float | None = None
         self.worker = ""
 
@@ -310,6 +335,7 @@ class Request:
             preemptions=self.num_preemptions,
             recoveries=self.num_recoveries,
             worker=self.worker,
+            grammar_compile=self.grammar_seconds,
         )
 
     def accept(self, token_id: int) -> None:
@@ -338,6 +364,14 @@ class Request:
         self.finish = finish
         if self.text:
             self.text.finish()
+
+    def fault(self, kind: RowFaultKind.ValueType) -> None:
+        """A worker could not compute it any further."""
+        if kind == ROW_FAULT_KIND_GRAMMAR:
+            cause = "the grammar leads to where nothing fits, or takes too much work"
+            self.fail(Reason.GRAMMAR_TOO_COMPLEX, cause)
+        else:
+            self.fail(Reason.NUMERIC_FAULT, "the model computed a value that is no number")
 
     def fail(self, reason: Reason, message: str, retry_after: float | None = None) -> None:
         error = RequestError(reason, message, retry_after=retry_after)

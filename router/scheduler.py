@@ -24,8 +24,13 @@ from __future__ import annotations
 import math
 from collections import deque
 
-from mili.internal.v1.step_pb2 import TASK_GENERATE, Admission, StepCommand, StepResult
-from mili.router.errors import Reason
+from mili.internal.v1.step_pb2 import (
+    TASK_GENERATE,
+    Admission,
+    RowFaultKind,
+    StepCommand,
+    StepResult,
+)
 from mili.router.fair_share import FairShare
 from mili.router.kv_cache import DEFAULT_CACHE, CacheSettings, KVCacheManager
 from mili.router.limits import Limits
@@ -176,7 +181,7 @@ class Scheduler:
         step = self.in_flight.popleft()
         assert result.step == step.step, (result.step, step.step)
         self.pace.cost.measured(step.size, result.device_microseconds / 1e6)
-        faulty = {fault.index for fault in result.faults}
+        faults = {fault.index: fault.kind for fault in result.faults}
         news: list[tuple[Request, int | None]] = []
         tokens = iter(result.token_ids)
         for index, (row, num_new) in enumerate(zip(step.rows, result.num_new, strict=True)):
@@ -186,8 +191,8 @@ class Scheduler:
             token = next(tokens) if num_new else None
             if request.finish is not None:
                 continue
-            self._take(row, token, index in faulty)
-            if token is not None or index in faulty:
+            self._take(row, token, faults.get(index))
+            if token is not None or index in faults:
                 news.append((request, token))
         return news
 
@@ -274,6 +279,7 @@ class Scheduler:
                 num_prompt_tokens=request.num_prompt_tokens,
                 task=TASK_GENERATE,
                 sampling=request.params.sampling,
+                grammar=request.grammar,
             )
         )
         plan.add_blocks(request.row, blocks)
@@ -294,11 +300,13 @@ class Scheduler:
         plan.scheduled.append(Scheduled(request, request.admission, end, samples))
         return count
 
-    def _take(self, row: Scheduled, token: int | None, faulty: bool) -> None:
+    def _take(
+        self, row: Scheduled, token: int | None, fault: RowFaultKind.ValueType | None
+    ) -> None:
         """One row's result: its token, and its computed blocks for others to share."""
         request = row.request
-        if faulty:
-            request.fail(Reason.NUMERIC_FAULT, "the model computed a value that is no number")
+        if fault is not None:
+            request.fault(fault)
         elif token is not None:
             assert row.samples
             request.accept(token)
@@ -307,7 +315,7 @@ class Scheduler:
                 self.pace.num_known += 1
             else:
                 self.num_waiting_tokens += 1
-        if request.admission == row.admission and not faulty:
+        if request.admission == row.admission and fault is None:
             self.kv.publish(request, row.num_computed)
             request.peak_computed = max(request.peak_computed, row.num_computed)
         if request.finish is not None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from mili.internal.v1.step_pb2 import (
     WORKER_PHASE_WARMING,
+    Prepare,
     Ready,
     RouterFrame,
     StepCommand,
@@ -104,6 +105,12 @@ class WorkerGroup:
         for peer in self.ranks.values():
             peer.liveness.expect(command.step, predicted, now)
             peer.queue(frame)
+            peer.flush(self._send)
+
+    def prepare(self, prepare: Prepare) -> None:
+        """Ask every rank for what must be ready before a command names it; or release it."""
+        for peer in self.ranks.values():
+            peer.queue(RouterFrame(prepare=prepare))
             peer.flush(self._send)
 
     def take(self, result: StepResult) -> str | None:

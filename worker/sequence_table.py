@@ -112,7 +112,6 @@ class SequenceTable:
         _require(admission.task in (Task.TASK_UNSPECIFIED, Task.TASK_GENERATE), "unknown task")
         unsupported = (
             admission.adapter,
-            admission.grammar,
             admission.HasField("num_logprobs"),
             admission.HasField("score_from"),
         )

@@ -16,8 +16,9 @@ from mili.router.api.sampling import (
     require,
     to_sampling,
 )
+from mili.router.api.structured import check_structured_output
 from mili.router.errors import Reason, RequestError
-from mili.router.request import GenerationParams, Scheduling
+from mili.router.request import Constraint, GenerationParams, Scheduling
 from mili.v1 import inference_pb2 as pb
 
 _MAX_STOP_SEQUENCES = 64
@@ -42,6 +43,7 @@ def check_generation(generation: pb.Generation, context_limit: int, defaults: De
     """Raise RequestError for a bad value, before any work that grows with the prompt."""
     check_sampling(generation.sampling, defaults.vocab_size)
     _check_stopping(generation.stopping, defaults.vocab_size)
+    check_structured_output(generation)
     kind = generation.WhichOneof("prompt")
     require(kind is not None, "generation.prompt", "is missing")
     require(kind != "text" or bool(generation.text), "generation.text", "is empty")
@@ -71,6 +73,7 @@ def to_params(
     *,
     cache_namespace: bytes,
     scheduling: Scheduling,
+    constraint: Constraint | None = None,
 ) -> GenerationParams:
     """Return the parameters of a checked Generation; raise RequestError for a bad prompt."""
     field = f"generation.{generation.WhichOneof('prompt')}"
@@ -105,6 +108,7 @@ def to_params(
         cache_write=not generation.cache.bypass_write,
         scheduling=scheduling,
         num_sequences=max(1, generation.sampling.num_sequences),
+        constraint=constraint,
     )
 
 

@@ -21,6 +21,7 @@ from mili.router.api.scheduling import to_cache_namespace, to_scheduling
 from mili.router.api.status import Context, NotFoundError, unsupported_method
 from mili.router.api.stream import Stream
 from mili.router.api.streams import Streams
+from mili.router.api.structured import StructuredOutputs
 from mili.router.api.supported import check_supported
 from mili.router.errors import Reason, RequestError
 from mili.router.quotas import Quotas
@@ -42,6 +43,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         defaults: Defaults,
         prompts: PromptReader,
         threads: TextThreads,
+        structured: StructuredOutputs,
         quotas: Quotas,
         instance_id: str,
         clock: Callable[[], float],
@@ -52,6 +54,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._defaults = defaults
         self._prompts = prompts
         self._threads = threads
+        self._structured = structured
         self._quotas = quotas
         self._instance_id = instance_id
         self._clock = clock
@@ -113,6 +116,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         stream = self._streams.open(tenant.scoped(request_id), whole=whole)
         try:
             prompt = await self._read(generation)
+            constraint = await self._structured.read(generation.structured_output, prompt)
             # Asked for again: a worker with less room may have come in the meantime.
             params = to_params(
                 generation,
@@ -121,6 +125,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
                 self._defaults,
                 cache_namespace=namespace,
                 scheduling=scheduling,
+                constraint=constraint,
             )
             account.check(len(prompt))
             self._streams.submit(stream, params)

@@ -18,7 +18,8 @@ from mili.router.errors import Reason, RequestError
 _SUPPORTED = {
     "GenerateRequest": "request_id generation",
     "GenerateStreamRequest": "request_id generation",
-    "Generation": "model text token_ids chat sampling stopping output scheduling cache"
+    "Generation": "model text token_ids chat sampling stopping output structured_output"
+    " scheduling cache"
     " truncate_prompt_tokens add_special_tokens",
     "TokenIds": "ids",
     "ChatPrompt": "messages template_variables_json",
@@ -28,6 +29,9 @@ _SUPPORTED = {
     "StopConditions": "max_tokens min_tokens stop_sequences stop_token_ids"
     " include_stop_text ignore_eos time_limit",
     "OutputOptions": "text token_ids skip_special_tokens timing",
+    "StructuredOutput": "json_schema json_object regex grammar choices after_reasoning",
+    "JsonObject": "",
+    "Choices": "values",
     "SchedulingHints": "priority max_queue_time session_id",
     "CacheOptions": "bypass_read bypass_write salt",
     "CancelGenerationRequest": "request_id",

@@ -15,9 +15,12 @@ import torch
 
 from mili.hub.folder import ModelFolder
 from mili.internal.v1.step_pb2 import (
+    ROW_FAULT_KIND_GRAMMAR,
     ROW_FAULT_KIND_NUMERIC,
+    Prepare,
     Ready,
     RowFault,
+    RowFaultKind,
     StepCommand,
     StepResult,
 )
@@ -26,9 +29,10 @@ from mili.worker.config import WorkerConfig
 from mili.worker.cpu.batch import Batch, make_batch
 from mili.worker.cpu.decoder import Decoder
 from mili.worker.cpu.kv_cache import KVCache, count_blocks
-from mili.worker.cpu.sampler import sample_rows
+from mili.worker.cpu.sampler import hold_to_grammars, sample_rows
 from mili.worker.cpu.sequence_table import CpuSequenceTable, IntArray
 from mili.worker.dtype import choose_dtype
+from mili.worker.grammars import Grammars, Reply
 from mili.worker.models.config import context_limit, read_decoder_config
 from mili.worker.startup import Startup
 from mili.worker.weights import open_weights
@@ -64,6 +68,8 @@ class CpuRunner:
         self._max_step_tokens = config.max_num_batched_tokens or _DEFAULT_STEP_TOKENS
         self._vocab_size = decoder_config.vocab_size
         self._startup = startup
+        with startup.phase("read tokens for grammars"):
+            self._grammars = Grammars(folder)
         with (
             startup.phase("load weights"),
             open_weights(folder, config.load_format, self.dtype) as source,
@@ -86,12 +92,14 @@ class CpuRunner:
             max_step_tokens=self._max_step_tokens,
             max_model_len=self._table.max_model_len,
             vocab_size=self._vocab_size,
+            capabilities=self._grammars.capabilities,
             startup=self._startup.phases,
         )
 
     def reset(self) -> None:
         """Forget every row: a new epoch begins."""
         self._table.reset()
+        self._grammars.reset()
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -103,6 +111,10 @@ class CpuRunner:
                 hidden = self._decoder.forward(batch, self._cache)
                 self._decoder.logits(hidden[:2])
 
+    def prepare(self, prepare: Prepare, reply: Reply) -> None:
+        """Have a grammar ready for later admissions, or release it."""
+        self._grammars.prepare(prepare, reply)
+
     def start(self, command: StepCommand) -> DoneStep:
         """Execute one step: on a CPU there is nothing to wait for."""
         return DoneStep(self.execute(command))
@@ -112,6 +124,7 @@ class CpuRunner:
         """Execute one step. Raises CommandError, after which nothing more may be executed."""
         started = time.perf_counter()
         taken = self._table.apply(command)
+        self._grammars.admit(command.admissions)
         columns = (taken.rows, taken.starts, taken.counts)
         rows, starts, counts = (np.array(column, np.int64) for column in columns)
         num_new, token_ids = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
@@ -126,7 +139,7 @@ class CpuRunner:
             num_new=num_new.tolist(),
             token_ids=token_ids[num_new == 1].tolist(),
             faults=[
-                RowFault(index=index, kind=ROW_FAULT_KIND_NUMERIC)
+                RowFault(index=index, kind=self._fault_kind(int(rows[index])))
                 for index in np.flatnonzero(self._table.is_faulted(rows)).tolist()
             ],
             device_microseconds=round((time.perf_counter() - started) * 1e6),
@@ -154,9 +167,19 @@ class CpuRunner:
         if not finite.all():
             self._fault(batch, np.isin(np.arange(len(batch.rows)), sampled[~finite]))
             sampled, logits = sampled[finite], logits[torch.from_numpy(finite)]
+        if self._grammars.rows:
+            fits = hold_to_grammars(logits, self._grammars, batch.rows[sampled])
+            table.faulted.update(batch.rows[sampled[~fits]].tolist())
+            sampled, logits = sampled[fits], logits[torch.from_numpy(fits)]
         tokens = sample_rows(logits, table, batch.rows[sampled]).numpy()
         table.append_tokens(batch.rows[sampled], tokens)
+        for row, token in zip(batch.rows[sampled].tolist(), tokens.tolist(), strict=True):
+            if row in self._grammars.rows:
+                self._grammars.rows[row].take([token])
         return sampled, tokens
+
+    def _fault_kind(self, row: int) -> RowFaultKind.ValueType:
+        return ROW_FAULT_KIND_GRAMMAR if self._grammars.has_failed(row) else ROW_FAULT_KIND_NUMERIC
 
     def _fault(self, batch: Batch, rows: npt.NDArray[np.bool_]) -> None:
         """Mark rows, [rows] bool, until they are admitted again, and clear what they wrote."""
