@@ -34,6 +34,7 @@ _JSON: JsonCompileOptions = {
 }
 _COMPLEX = re.compile(r"too (complex|large|many)|fuel|limit|exhausted", re.IGNORECASE)
 _MAX_CAUSE = 300
+_DEAD_END = "no text fits it"
 
 
 class GrammarKind(IntEnum):
@@ -88,7 +89,7 @@ class GrammarCompiler:
         matcher.compute_bitmask()
         _check(matcher)
         if matcher.is_stopped() and not matcher.is_accepting():
-            raise GrammarError("no text fits it", too_complex=False)
+            raise GrammarError(_DEAD_END, too_complex=False)
         return matcher
 
 
@@ -106,4 +107,6 @@ def _to_llguidance(kind: GrammarKind, source: str) -> str:
 def _check(matcher: LLMatcher) -> None:
     if matcher.is_error():
         cause = matcher.get_error().partition("\n<")[0].strip()[:_MAX_CAUSE]
+        if cause.startswith("NoExtension"):
+            raise GrammarError(_DEAD_END, too_complex=False)
         raise GrammarError(cause, too_complex=_COMPLEX.search(cause) is not None)

@@ -31,7 +31,7 @@ class Pipeline:
     ) -> None:
         self.group = group
         self.scheduler = scheduler
-        self.preparation = Preparation(group.prepare)
+        self.preparation = Preparation(group)
         self._meters = meters
         self._rate = ServiceRate()
         self._depth = depth

@@ -7,14 +7,16 @@ scheduler: a request stands here before it stands there. Times are monotonic sec
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from mili.internal.v1.step_pb2 import Grammar, Prepare, Prepared
 from mili.router.errors import Reason, RequestError
 from mili.router.request import Constraint, Finish, FinishReason, Request
+from mili.router.worker_group import WorkerGroup
 
-# Grammars that stay ready though nobody uses them: the next request may.
+# Grammars that stay ready though nobody uses them, as the next request may: between so many and
+# twice as many, so that it is rarely asked which of them are used.
 MAX_UNUSED = 64
 
 
@@ -24,14 +26,14 @@ class _Waiting(NamedTuple):
 
 
 class Preparation:
-    """send: tells the worker group, in the order of its commands."""
+    """Of one worker group, from its on_ready to its on_lost."""
 
-    def __init__(self, send: Callable[[Prepare], None]) -> None:
-        self._send = send
+    def __init__(self, group: WorkerGroup) -> None:
+        self._group = group
         # In the order in which they were last asked for.
         self._numbers: OrderedDict[Constraint, int] = OrderedDict()
         self._num_prepared = 0
-        self._many = MAX_UNUSED
+        self._many = 2 * MAX_UNUSED
         # By the number of a grammar that is not ready yet.
         self._waiting: dict[int, dict[str, _Waiting]] = {}
 
@@ -105,8 +107,8 @@ class Preparation:
                 break
             if number not in used:
                 del self._numbers[constraint]
-                self._send(Prepare(id=number, release=True))
-        self._many = max(MAX_UNUSED, 2 * len(self._numbers))
+                self._group.prepare(Prepare(id=number, release=True))
+        self._many = 2 * max(MAX_UNUSED, len(self._numbers))
 
     def _prepare(self, constraint: Constraint) -> int:
         self._num_prepared += 1
@@ -114,5 +116,5 @@ class Preparation:
         self._waiting[number] = {}
         kind, source, start_after = constraint
         grammar = Grammar(kind=kind, source=source, start_after_token_ids=start_after)
-        self._send(Prepare(id=number, grammar=grammar))
+        self._group.prepare(Prepare(id=number, grammar=grammar))
         return number

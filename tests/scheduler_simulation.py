@@ -46,7 +46,8 @@ def expected(
     room = context_limit - len(params.prompt_token_ids)
     output: list[int] = []
     text = ""
-    for token in model.alone(params.prompt_token_ids, key_of(params.sampling), room):
+    grammar = params.constraint.source if params.constraint else ""
+    for token in model.alone(params.prompt_token_ids, key_of(params.sampling), room, grammar):
         if token is None:
             return output, FinishReason.ERROR
         output.append(token)

@@ -1,7 +1,7 @@
 """Calls with structured output, and random JSON schemas to ask for.
 
-Owns the schemas' distribution: all of their outputs are short, so that random weights, which wander,
-come to an end within a small context.
+Owns the schemas' distribution: all of their outputs are short, so that random weights, which
+wander, come to an end within a small context.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ Schema = dict[str, Any]
 
 
 def request(
-    structured: pb.StructuredOutput, *, seed: int = 0, temperature: float = 1.0, **fields: Any
+    structured: pb.StructuredOutput,
+    *,
+    seed: int = 0,
+    temperature: float = 1.0,
+    **fields: Any,  # noqa: ANN401
 ) -> pb.GenerateRequest:
     """fields: of Generation."""
     generation = pb.Generation(
@@ -27,12 +31,17 @@ def request(
     return pb.GenerateRequest(generation=generation)
 
 
-def random_schema(rng: random.Random, depth: int = 3) -> Schema:
+def random_schema(rng: random.Random) -> Schema:
     """A schema that a few hundred characters fulfil."""
-    scalars = (_string, _integer, _number, _enum, lambda rng: {"type": "boolean"}, _pattern)
+    shared = {"leaf": _schema(rng, 1)}
+    return {**_schema(rng, 3), "$defs": shared}
+
+
+def _schema(rng: random.Random, depth: int) -> Schema:
+    scalars = (_string, _integer, _number, _enum, _pattern, lambda rng: {"type": "boolean"})
     if depth == 0 or rng.random() < 0.35:
         return rng.choice(scalars)(rng)
-    return rng.choice((_object, _object, _array, _any_of, _reference))(rng, depth - 1)
+    return rng.choice((_object, _object, _array, _any_of, _pair))(rng, depth - 1)
 
 
 def _string(rng: random.Random) -> Schema:
@@ -63,7 +72,7 @@ def _object(rng: random.Random, depth: int) -> Schema:
     names = rng.sample(("id", "name", "tags", "größe", "a b", "x"), rng.randint(0, 4))
     return {
         "type": "object",
-        "properties": {name: random_schema(rng, depth) for name in names},
+        "properties": {name: _schema(rng, depth) for name in names},
         "required": [name for name in names if rng.random() < 0.7],
         "additionalProperties": False,
     }
@@ -71,19 +80,19 @@ def _object(rng: random.Random, depth: int) -> Schema:
 
 def _array(rng: random.Random, depth: int) -> Schema:
     low = rng.randrange(3)
-    items = random_schema(rng, depth)
+    items = _schema(rng, depth)
     return {"type": "array", "items": items, "minItems": low, "maxItems": low + rng.randrange(3)}
 
 
 def _any_of(rng: random.Random, depth: int) -> Schema:
-    return {"anyOf": [random_schema(rng, depth) for _ in range(rng.randint(1, 3))]}
+    return {"anyOf": [_schema(rng, depth) for _ in range(rng.randint(1, 3))]}
 
 
-def _reference(rng: random.Random, depth: int) -> Schema:
+def _pair(rng: random.Random, depth: int) -> Schema:
+    leaf = {"$ref": "#/$defs/leaf"} if depth else _schema(rng, 0)
     return {
         "type": "object",
-        "properties": {"left": {"$ref": "#/$defs/leaf"}, "right": {"$ref": "#/$defs/leaf"}},
+        "properties": {"left": leaf, "right": leaf},
         "required": ["left", "right"],
         "additionalProperties": False,
-        "$defs": {"leaf": random_schema(rng, depth)},
     }

@@ -72,10 +72,9 @@ class RowGrammar:
         self.has_failed = self.has_failed or matcher.is_error() or stuck
 
     def _consume(self, token_ids: Sequence[int]) -> None:
-        if self._has_ended or self.has_failed:
-            return
-        self._has_ended = token_ids[-1] in self._eos_token_ids
-        self.has_failed = not self._matcher.consume_tokens(list(token_ids))
+        self._has_ended = self._has_ended or token_ids[-1] in self._eos_token_ids
+        if not (self._has_ended or self.has_failed):
+            self.has_failed = not self._matcher.consume_tokens(list(token_ids))
 
 
 class Grammars:

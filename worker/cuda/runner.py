@@ -10,13 +10,14 @@ step on the device, so that the next may be launched before this one's result is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import structlog
 import torch
 
 from mili.hub.folder import ModelFolder
-from mili.internal.v1.step_pb2 import Ready, StepCommand, StepResult
+from mili.internal.v1.step_pb2 import Prepare, Prepared, Ready, StepCommand, StepResult
 from mili.kernels.sampling import Sampler
 from mili.kernels.step import MAX_ROWS, allocate_batch, allocate_sequences, make_batch
 from mili.worker.config import WorkerConfig
@@ -153,6 +154,11 @@ class CudaRunner:
             self._transfer.end(slot)
             slot.ended.synchronize()
         log.info("graphs recorded", graphs=len(self._graphs))
+
+    def prepare(self, prepare: Prepare, reply: Callable[[Prepared], None]) -> None:
+        """Nothing can be: `ready` says so, and the router asks for none."""
+        if not prepare.release:
+            reply(Prepared(id=prepare.id, error="this worker has no grammars and no adapters"))
 
     def start(self, command: StepCommand) -> PendingStep:
         """Launch one step. Raises CommandError, after which nothing more may be executed.
