@@ -61,10 +61,12 @@ class StepDriver:
         *,
         shared: Sequence[int] = (),
         num_prompt_tokens: int | None = None,
+        grammar: int = 0,
     ) -> None:
         """Admit a row with the next step. shared: blocks whose KV is computed already.
 
-        num_prompt_tokens: None where there is no output yet.
+        num_prompt_tokens: None where there is no output yet. grammar: the number of one that was
+        prepared.
         """
         self._num_admissions += 1
         self._next.admissions.append(
@@ -77,6 +79,7 @@ class StepDriver:
                 ),
                 task=TASK_GENERATE,
                 sampling=sampling,
+                grammar=grammar,
             )
         )
         self.tokens[row] = list(token_ids)

@@ -7,10 +7,19 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mili.internal.v1.step_pb2 import ROW_FAULT_KIND_NUMERIC, RowFault, StepResult
+from mili.internal.v1.step_pb2 import (
+    ROW_FAULT_KIND_GRAMMAR,
+    ROW_FAULT_KIND_NUMERIC,
+    RowFault,
+    StepResult,
+)
 from mili.kernels.step import MAX_ROWS
 from mili.worker.cuda.staging import StepRows
 from mili.worker.cuda.transfer import Slot
+
+# Beside the device's own 1.
+_UNFIT = 2
+_FAULT_KINDS = {1: ROW_FAULT_KIND_NUMERIC, _UNFIT: ROW_FAULT_KIND_GRAMMAR}
 
 
 class PendingStep(NamedTuple):
@@ -19,6 +28,8 @@ class PendingStep(NamedTuple):
     step: int
     rows: StepRows
     slot: Slot
+    # Table rows whose grammar has failed.
+    unfit: frozenset[int] = frozenset()
 
     def result(self) -> StepResult:
         """Wait for the step's end. May be called from another thread."""
@@ -30,7 +41,10 @@ class PendingStep(NamedTuple):
         result.device_microseconds = round(slot.started.elapsed_time(slot.ended) * 1000)
         tokens = slot.output[: rows.num_samples].tolist()
         faulted = slot.output[MAX_ROWS : MAX_ROWS + len(rows.rows)].tolist()
-        if is_in_order and 1 not in faulted:
+        if self.unfit:
+            columns = zip(rows.rows, faulted, strict=True)
+            faulted = [_UNFIT if row in self.unfit else fault for row, fault in columns]
+        if is_in_order and not self.unfit and 1 not in faulted:
             result.token_ids.extend(tokens)
         else:
             self._sort_into(result, tokens, faulted)
@@ -49,7 +63,7 @@ class PendingStep(NamedTuple):
         result.num_new.extend(int(place in by_place) for place in places)
         result.token_ids.extend(by_place[place] for place in places if place in by_place)
         result.faults.extend(
-            RowFault(index=place, kind=ROW_FAULT_KIND_NUMERIC)
+            RowFault(index=place, kind=_FAULT_KINDS[fault])
             for place, fault in sorted(zip(rows.order, faulted, strict=True))
             if fault
         )
