@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,8 @@ def grammars(tmp_path: Path) -> Grammars:
 def make_grammars(path: Path, eos: tuple[int, ...] = (EOS_TOKEN_ID,)) -> Grammars:
     write_tokenizer(path)
     folder = model_folder(path, vocab_size=VOCAB_SIZE)
-    object.__setattr__(folder, "generation", folder.generation.__class__(eos, *[None] * 6, "{}"))
-    return Grammars(folder)
+    generation = replace(folder.generation, eos_token_ids=eos)
+    return Grammars(replace(folder, generation=generation))
 
 
 def ids(text: str) -> list[int]:
