@@ -522,7 +522,7 @@ def test_who_waits_for_a_grammar_can_be_cancelled_explained_and_lose_its_worker(
     harness.engine.on_ready(first)
     for name in ("a", "b"):
         harness.engine.submit(name, params(LONG, grammar="3"))
-    explanation = harness.engine.explain("b")
+    explanation = harness.engine.operations.explain("b")
     assert explanation is not None and explanation.state == RequestState.QUEUED
     assert harness.engine.cancel("a")
     first.restart()
