@@ -43,7 +43,8 @@ class Dispatch:
     @property
     def num_queued(self) -> int:
         """Live requests that do not run."""
-        return self._shares.num_waiting + len(self._homeless) + self._siblings.num_waiting
+        queued = self._shares.num_waiting + len(self._homeless)
+        return queued + self._siblings.num_waiting + self._fleet.num_preparing
 
     @property
     def num_homeless_tokens(self) -> int:
@@ -54,17 +55,17 @@ class Dispatch:
         """How many go before it in its group; 0 where it does not wait in one."""
         if request.row or request in self._homeless or request in self._siblings:
             return 0
-        return self._fleet.scheduler(request.worker).waiting.position(request)
+        return self._fleet.pipelines[request.worker].position(request)
 
     def settle(self, request: Request, name: str | None, now: float) -> None:
         """Let a request wait in a group; with None, until it finds one."""
         if name is None:
             self._deadlines.watch(request, self._homeless.add(request))
             return
-        scheduler = self._fleet.scheduler(name)
+        pipeline = self._fleet.pipelines[name]
         request.worker = name
-        request.max_length = min(request.max_length, scheduler.context_limit)
-        scheduler.add(request)
+        request.max_length = min(request.max_length, pipeline.scheduler.context_limit)
+        pipeline.add(request, now)
         self._fleet.changed(name)
         self._ledger.note(request, now, "placed", name)
 
@@ -110,7 +111,7 @@ class Dispatch:
             elif request in self._homeless:
                 self._homeless.remove(request)
             else:
-                self._fleet.scheduler(request.worker).abort(request)
+                self._fleet.pipelines[request.worker].remove(request)
                 names[request.worker] = None
         return [output for name in names for output in self.pump(name, now)]
 

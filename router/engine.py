@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import structlog
 
-from mili.internal.v1.step_pb2 import StepResult
+from mili.internal.v1.step_pb2 import Prepared, StepResult
 from mili.router.admission import Admission
 from mili.router.deadlines import Deadlines, end_if_over, times_of
 from mili.router.dispatch import Dispatch
@@ -234,6 +234,13 @@ class Engine:
         self._deliver(outputs + started)
         if self._fleet.is_draining(group.name):
             self._tell(self._dispatch.move(group.name, now))
+
+    @reports_faults
+    def on_prepared(self, group: WorkerGroup, prepared: Prepared) -> None:
+        """A worker group has a grammar ready, or refuses it."""
+        now = self._clock()
+        failed = self._fleet.pipelines[group.name].prepared(prepared, now)
+        self._tell(self._dispatch.pump(group.name, now), failed)
 
     @reports_faults
     def on_lost(self, group: WorkerGroup, reason: str, *, died: bool) -> None:

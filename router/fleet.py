@@ -18,6 +18,9 @@ from mili.router.recovery import RETRY_AFTER
 from mili.router.request import GenerationParams, Request
 from mili.router.scheduler import Scheduler
 
+# Of the capabilities that a worker may have.
+GRAMMARS = "grammars"
+
 
 class Fleet:
     """Worker groups by name, from their on_ready to their on_lost.
@@ -38,6 +41,11 @@ class Fleet:
     @property
     def schedulers(self) -> Sequence[Scheduler]:
         return [pipeline.scheduler for pipeline in self.pipelines.values()]
+
+    @property
+    def num_preparing(self) -> int:
+        """Requests whose grammar a worker does not have ready yet."""
+        return sum(len(pipeline.preparation) for pipeline in self.pipelines.values())
 
     @property
     def takes_requests(self) -> bool:
@@ -62,6 +70,11 @@ class Fleet:
         if not self._open:
             message = "every worker that serves drains"
             raise RequestError(Reason.DRAINING, message, retry_after=RETRY_AFTER)
+        groups = (self.pipelines[name].group for name in self._open)
+        if params.constraint and not all(GRAMMARS in each.limits.capabilities for each in groups):
+            message = "the workers cannot constrain the output of this model"
+            field = "generation.structured_output"
+            raise RequestError(Reason.UNSUPPORTED_FIELD, message, field=field)
         length = len(params.prompt_token_ids)
         if length >= self.context_limit:
             message = f"the prompt has {length} tokens; at most {self.context_limit - 1} fit"
@@ -97,7 +110,7 @@ class Fleet:
         self._shut_door(name)
         self._migrate_at.pop(name, None)
         self._pins.forget(name)
-        return self.pipelines.pop(name).scheduler.evacuate(died=died)
+        return self.pipelines.pop(name).evacuate(died=died)
 
     def drain(self, name: str, migrate_at: float) -> Scheduler:
         """Place nothing there any more. Raises RequestError for a group that does not serve."""
@@ -124,7 +137,7 @@ class Fleet:
 
     def leaving(self, name: str) -> list[Request]:
         """Those who wait in a group that drains, and are in no step in flight: they go now."""
-        return self.scheduler(name).withdraw() if name in self._migrate_at else []
+        return self.pipelines[name].withdraw() if name in self._migrate_at else []
 
     def pin(self, namespace: bytes, token_ids: Sequence[int], until: float) -> Pinned:
         """Keep what is cached of a prefix, where most of it is."""

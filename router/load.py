@@ -22,7 +22,9 @@ def load_of(pipelines: Collection[Pipeline], dispatch: Dispatch, meter: Meter, n
     waiting_tokens = sum(scheduler.num_waiting_tokens for scheduler in schedulers)
     return Load(
         queued_requests=dispatch.num_queued,
-        queued_prompt_tokens=waiting_tokens + dispatch.num_homeless_tokens,
+        queued_prompt_tokens=waiting_tokens
+        + sum(pipeline.preparation.num_tokens for pipeline in pipelines)
+        + dispatch.num_homeless_tokens,
         running_sequences=sum(len(scheduler.running) for scheduler in schedulers),
         kv_utilization=1 - available / blocks if blocks else 0.0,
         prefix_hit_ratio=meter.prefix_hit_ratio(now),

@@ -6,9 +6,10 @@ requests come here, or who is told what came of them.
 
 from __future__ import annotations
 
-from mili.internal.v1.step_pb2 import StepResult
+from mili.internal.v1.step_pb2 import Prepared, StepResult
 from mili.router.admission import ServiceRate, estimated_wait
 from mili.router.meters import GroupMeters
+from mili.router.preparation import Preparation
 from mili.router.request import Request
 from mili.router.scheduler import Scheduler
 from mili.router.worker_group import WorkerGroup
@@ -30,11 +31,50 @@ class Pipeline:
     ) -> None:
         self.group = group
         self.scheduler = scheduler
+        self.preparation = Preparation(group)
         self._meters = meters
         self._rate = ServiceRate()
         self._depth = depth
         # More waited than the last step could begin with.
         self._busy = False
+
+    def add(self, request: Request, now: float) -> None:
+        """Queue a request, as soon as the worker has all that it needs."""
+        if self.preparation.is_ready(request, now):
+            self.scheduler.add(request)
+        elif self.preparation.is_full:
+            scheduler = self.scheduler
+            users = (*scheduler.running.values(), *scheduler.waiting.values())
+            self.preparation.release_unused(users)
+
+    def prepared(self, prepared: Prepared, now: float) -> list[Request]:
+        """The worker has something ready, or refuses it; returns the requests that failed."""
+        requests = self.preparation.finish(prepared, now)
+        for request in requests:
+            if not request.finish:
+                self.scheduler.add(request)
+        return [request for request in requests if request.finish]
+
+    def remove(self, request: Request) -> None:
+        """Forget a request that has ended."""
+        if request in self.preparation:
+            self.preparation.remove(request)
+        else:
+            self.scheduler.abort(request)
+
+    def withdraw(self) -> list[Request]:
+        """Give up those who wait, and are in no step in flight."""
+        return [*self.scheduler.withdraw(), *self.preparation.leave()]
+
+    def evacuate(self, *, died: bool) -> list[Request]:
+        """The worker group is gone: returns all requests, as Scheduler.evacuate does."""
+        return [*self.scheduler.evacuate(died=died), *self.preparation.leave()]
+
+    def position(self, request: Request) -> int:
+        """About how many go before a request that waits here."""
+        if request in self.preparation:
+            return len(self.scheduler.waiting)
+        return self.scheduler.waiting.position(request)
 
     def fill(self, now: float) -> tuple[list[Request], list[Request]]:
         """Keep the pipeline full; returns who was admitted and who was preempted, in order."""

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
-from mili.internal.v1.step_pb2 import TASK_GENERATE, Sampling, Task
+from mili.internal.v1.step_pb2 import (
+    ROW_FAULT_KIND_GRAMMAR,
+    TASK_GENERATE,
+    GrammarKind,
+    RowFaultKind,
+    Sampling,
+    Task,
+)
 from mili.router.cache_memory import Miss
 from mili.router.errors import Reason, RequestError
 from mili.router.fair_share import OUTPUT_TOKEN_COST, Account
@@ -67,6 +74,18 @@ ORDINARY = Scheduling()
 NEVER = 1 << 62
 
 
+class Constraint(NamedTuple):
+    """A grammar that the output must fit.
+
+    start_after_token_ids: it begins behind these, which the model generates first; none for an
+    output that fits from its first token on.
+    """
+
+    kind: GrammarKind.ValueType
+    source: str
+    start_after_token_ids: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationParams:
     """What the caller asked for, checked and with every default filled in.
@@ -105,6 +124,7 @@ class GenerationParams:
     num_prompt_logprobs: int | None = None
     score_from: int = 1
     task: Task.ValueType = TASK_GENERATE
+    constraint: Constraint | None = None
 
     @property
     def is_parsed(self) -> bool:
@@ -194,6 +214,8 @@ class Timing(NamedTuple):
     preemptions: int
     recoveries: int
     worker: str
+    # Of `queue`: until the worker had the grammar ready.
+    grammar_compile: float = 0.0
 
 
 class Finished(NamedTuple):
@@ -235,6 +257,8 @@ class Request:
         "finish",
         "first_token_at",
         "forced",
+        "grammar",
+        "grammar_seconds",
         "index",
         "is_cut",
         "last_token_at",
@@ -328,6 +352,9 @@ class Request:
         self.queued_until = math.inf
         self.admitted_at: float | None = None
         self.first_token_at: float | None = None
+        # The worker's number for its constraint, 0 without one; and how long that took to prepare.
+        self.grammar = 0
+        self.grammar_seconds = 0.0
         self.last_token_at: float | None = None
         self.worker = ""
 
@@ -387,6 +414,7 @@ class Request:
             preemptions=self.num_preemptions,
             recoveries=self.num_recoveries,
             worker=self.worker,
+            grammar_compile=self.grammar_seconds,
         )
 
     def leave_worker(self, reason: Reason) -> None:
@@ -450,6 +478,14 @@ class Request:
         """Nothing more is generated; the text that was held back is released."""
         assert self.finish is None
         self.finish = self.text.finish(finish) if self.text else finish
+
+    def fault(self, kind: RowFaultKind.ValueType) -> None:
+        """A worker could not compute it any further."""
+        if kind == ROW_FAULT_KIND_GRAMMAR:
+            cause = "the grammar leads to where nothing fits, or takes too much work"
+            self.fail(Reason.GRAMMAR_TOO_COMPLEX, cause)
+        else:
+            self.fail(Reason.NUMERIC_FAULT, "the model computed a value that is no number")
 
     def fail(self, reason: Reason, message: str, retry_after: float | None = None) -> None:
         error = RequestError(reason, message, retry_after=retry_after)

@@ -24,8 +24,7 @@ from __future__ import annotations
 import math
 from collections import deque
 
-from mili.internal.v1.step_pb2 import TASK_GENERATE, StepCommand, StepResult
-from mili.router.errors import Reason
+from mili.internal.v1.step_pb2 import TASK_GENERATE, RowFaultKind, StepCommand, StepResult
 from mili.router.fair_share import FairShare
 from mili.router.kv_cache import DEFAULT_CACHE, CacheSettings, KVCacheManager
 from mili.router.limits import Limits
@@ -176,7 +175,7 @@ class Scheduler:
         step = self.in_flight.popleft()
         assert result.step == step.step, (result.step, step.step)
         self.pace.cost.measured(step.size, result.device_microseconds / 1e6)
-        faulty = {fault.index for fault in result.faults}
+        faults = {fault.index: fault.kind for fault in result.faults}
         if result.logprobs or result.embeddings:
             step.read(result)
         news: list[tuple[Request, int | None]] = []
@@ -188,7 +187,7 @@ class Scheduler:
             token = next(tokens) if num_new else None
             if request.finish is not None or request.is_cut:
                 continue
-            self._take(row, token, index in faulty)
+            self._take(row, token, faults.get(index))
             if token is not None or request.finish is not None:
                 news.append((request, token))
         return news
@@ -288,11 +287,13 @@ class Scheduler:
         plan.scheduled.append(Scheduled(request, request.admission, end, samples))
         return count
 
-    def _take(self, row: Scheduled, token: int | None, faulty: bool) -> None:
+    def _take(
+        self, row: Scheduled, token: int | None, fault: RowFaultKind.ValueType | None
+    ) -> None:
         """One row's result: its token, and its computed blocks for others to share."""
         request = row.request
-        if faulty:
-            request.fail(Reason.NUMERIC_FAULT, "the model computed a value that is no number")
+        if fault is not None:
+            request.fault(fault)
         elif token is not None:
             assert row.samples
             request.accept(token)
@@ -305,7 +306,7 @@ class Scheduler:
         elif row.samples:
             assert request.params.task != TASK_GENERATE
             request.end(Finish(FinishReason.MAX_TOKENS))
-        if request.admission == row.admission and not faulty:
+        if request.admission == row.admission and fault is None:
             self.kv.publish(request, row.num_computed)
         request.peak_computed = max(request.peak_computed, row.num_computed)
         if request.finish is not None:

@@ -81,6 +81,7 @@ class StepPlan:
             task=params.task,
             sampling=params.sampling,
             num_logprobs=params.num_logprobs,
+            grammar=request.grammar,
         )
         if (position := request.score_from) != NEVER:
             admission.score_from = position

@@ -197,7 +197,8 @@ def _params_fields(params: GenerationParams) -> Fields:
     """What of the parameters decides: nothing of what was asked, nor of when it ends."""
     fields = {name: getattr(params, name) for name in GenerationParams.__slots__}
     nothing = {"prompt_token_ids": _NOTHING, "stop_sequences": _NOTHING, "sampling": None}
-    return fields | nothing | {"eos_token_ids": _NOTHING, "stop_token_ids": _NOTHING}
+    nothing |= {"eos_token_ids": _NOTHING, "stop_token_ids": _NOTHING, "constraint": None}
+    return fields | nothing
 
 
 def _frozen(thing: object, *omit: type) -> list[Cell]:

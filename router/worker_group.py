@@ -17,6 +17,7 @@ from mili.internal.v1.step_pb2 import (
     TASK_SCORE,
     WORKER_PHASE_WARMING,
     Admission,
+    Prepare,
     Ready,
     RouterFrame,
     StepCommand,
@@ -114,6 +115,12 @@ class WorkerGroup:
         for peer in self.ranks.values():
             peer.liveness.expect(command.step, predicted, now)
             peer.queue(frame)
+            peer.flush(self._send)
+
+    def prepare(self, prepare: Prepare) -> None:
+        """Ask every rank for what must be ready before a command names it; or release it."""
+        for peer in self.ranks.values():
+            peer.queue(RouterFrame(prepare=prepare))
             peer.flush(self._send)
 
     def _admit(self, admission: Admission) -> None:

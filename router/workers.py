@@ -22,6 +22,7 @@ from mili.internal.v1.step_pb2 import (
     Heartbeat,
     Hello,
     Ping,
+    Prepared,
     Ready,
     RouterFrame,
     StepResult,
@@ -54,6 +55,9 @@ class WorkerEvents(Protocol):
 
     def on_result(self, group: WorkerGroup, result: StepResult) -> None:
         """The oldest command in flight of the group is done."""
+
+    def on_prepared(self, group: WorkerGroup, prepared: Prepared) -> None:
+        """What the group was asked to prepare is ready, or refused."""
 
     def on_lost(self, group: WorkerGroup, reason: str, *, died: bool) -> None:
         """The group served and does not any more; nothing in flight will be answered.
@@ -143,6 +147,8 @@ class Workers:
                 self._on_result(peer, frame.result, now)
             case "ready":
                 self._on_ready(peer, frame.ready, now)
+            case "prepared":
+                self._on_prepared(peer, frame.prepared)
             case "failure":
                 self._on_failure(peer, frame.failure, now)
             case _:
@@ -182,6 +188,12 @@ class Workers:
             return
         peer.liveness.finished(result.step, now)
         self._events.on_result(group, result)
+
+    def _on_prepared(self, peer: WorkerPeer, prepared: Prepared) -> None:
+        """As with results the first rank counts: it is the one that samples."""
+        group = self._roster.group_of(peer)
+        if peer.rank == 0 and group.state == WorkerState.SERVING:
+            self._events.on_prepared(group, prepared)
 
     def _on_ready(self, peer: WorkerPeer, ready: Ready, now: float) -> None:
         group = self._roster.group_of(peer)

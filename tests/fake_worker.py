@@ -19,6 +19,8 @@ from mili.internal.v1.step_pb2 import (
     Admission,
     Embedding,
     Logprobs,
+    Prepare,
+    Prepared,
     RowFault,
     Sampling,
     StepCommand,
@@ -70,6 +72,16 @@ def read_vector(prefix: int) -> list[float]:
     return [float((prefix >> shift) % 1021) for shift in (0, 20, 40)]
 
 
+def held(token: int | None, index: int, grammar: str) -> int | None:
+    """What a grammar makes of a token, by its place in the output: runs of equal tokens.
+
+    grammar: how long a run is. The output may end at the end of a run only.
+    """
+    if token is None or (token == EOS and index % int(grammar) == 0):
+        return token
+    return index // int(grammar) % 2
+
+
 @dataclass(frozen=True)
 class FakeModel:
     """Samples from a hash: {0, 1}, sometimes EOS, rarely a fault (None)."""
@@ -83,7 +95,9 @@ class FakeModel:
             return None
         return EOS if draw % self.eos_every == 1 else (draw >> 20) & 1
 
-    def alone(self, prompt: Sequence[int], seed: int, count: int) -> list[int | None]:
+    def alone(
+        self, prompt: Sequence[int], seed: int, count: int, grammar: str = ""
+    ) -> list[int | None]:
         """What the model alone generates: `count` tokens; None is a fault and the last."""
         prefix = first_hash(seed)
         for token in prompt:
@@ -91,6 +105,8 @@ class FakeModel:
         output: list[int | None] = []
         while len(output) < count:
             token = self.sample(prefix, len(prompt), seed)
+            if grammar:
+                token = held(token, len(output), grammar)
             output.append(token)
             if token is None:
                 break
@@ -103,6 +119,7 @@ class FakeRow:
     token_ids: array[int]
     num_prompt_tokens: int
     seed: int
+    grammar: str = ""
     num_computed: int | None = None
     faulty: bool = False
     blocks: list[int] = field(default_factory=list)
@@ -118,6 +135,7 @@ class FakeWorker:
         self.model = model
         self.kv: list[int | None] = [None] * (num_blocks * block_size)
         self.rows: dict[int, FakeRow] = {}
+        self.grammars: dict[int, str] = {}
         self.step = 0
         self.computed_tokens = 0
 
@@ -145,6 +163,17 @@ class FakeWorker:
         self.computed_tokens += len(written)
         return result
 
+    def prepare(self, prepare: Prepare) -> Prepared | None:
+        """Have a grammar ready at once, or release it; it refuses runs of 13."""
+        if prepare.release:
+            del self.grammars[prepare.id]
+            return None
+        assert prepare.id not in self.grammars, "a grammar's number is used twice"
+        if prepare.grammar.source == "13":
+            return Prepared(id=prepare.id, error="no luck")
+        self.grammars[prepare.id] = prepare.grammar.source
+        return Prepared(id=prepare.id)
+
     def _apply(self, command: StepCommand) -> None:
         for admission in command.admissions:
             assert admission.row != 0, "row 0 is the null row"
@@ -155,6 +184,8 @@ class FakeWorker:
                 key_of(admission.sampling),
                 admission=admission,
             )
+            if admission.grammar:
+                self.rows[admission.row].grammar = self.grammars[admission.grammar]
         for row, block in zip(command.block_rows, command.block_ids, strict=True):
             assert block != 0, "block 0 is the null block"
             self.rows[row].blocks.append(block)
@@ -181,6 +212,8 @@ class FakeWorker:
         if end < len(row.token_ids):
             return None
         token = self.model.sample(row.hashes[-1], row.num_prompt_tokens, row.seed)
+        if row.grammar:
+            token = held(token, len(row.token_ids) - row.num_prompt_tokens, row.grammar)
         row.faulty |= token is None
         row.token_ids.append(token or 0)
         if not row.faulty:

@@ -36,6 +36,9 @@ class Router:
     def on_result(self, group: WorkerGroup, result: pb.StepResult) -> None:
         self.events.put_nowait(("result", group, result))
 
+    def on_prepared(self, group: WorkerGroup, prepared: pb.Prepared) -> None:
+        self.events.put_nowait(("prepared", group, prepared))
+
     def on_lost(self, group: WorkerGroup, reason: str, *, died: bool) -> None:
         self.events.put_nowait(("lost", group, reason))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from mili.internal.v1 import step_pb2 as pb
@@ -49,6 +50,9 @@ class EchoRunner:
 
     def reset(self) -> None:
         self._steps = 0
+
+    def prepare(self, prepare: pb.Prepare, reply: Callable[[pb.Prepared], None]) -> None:
+        reply(pb.Prepared(id=prepare.id, error="" if prepare.id != 13 else "no luck"))
 
     def start(self, command: pb.StepCommand) -> DoneStep:
         self._steps += 1

@@ -23,6 +23,7 @@ from tests.fake_worker import (
     FakeWorker,
     extend_hash,
     first_hash,
+    held,
     key_of,
     read_token,
     read_vector,
@@ -74,7 +75,10 @@ def expected(
     for token in params.prompt_token_ids:
         prefix = extend_hash(prefix, token)
     while len(output) < room:
-        token = forced.pop(0) if forced else model.sample(prefix, num_prompt_tokens, key)
+        token = model.sample(prefix, num_prompt_tokens, key)
+        if params.constraint:
+            token = held(token, len(output), params.constraint.source)
+        token = forced.pop(0) if forced else token
         if token is None:
             return output, FinishReason.ERROR
         output.append(token)

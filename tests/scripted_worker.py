@@ -49,6 +49,9 @@ class Recorder:
     def on_result(self, group: WorkerGroup, result: pb.StepResult) -> None:
         self.heard.append(("result", group.name, str(result.step)))
 
+    def on_prepared(self, group: WorkerGroup, prepared: pb.Prepared) -> None:
+        self.heard.append(("prepared", group.name, f"{prepared.id} {prepared.error}".strip()))
+
     def on_lost(self, group: WorkerGroup, reason: str, *, died: bool) -> None:
         self.heard.append(("died" if died else "lost", group.name, reason))
 

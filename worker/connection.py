@@ -27,7 +27,7 @@ from collections.abc import Callable
 import structlog
 import zmq
 
-from mili.internal.v1.step_pb2 import Failure, Hello, Ready, StepResult
+from mili.internal.v1.step_pb2 import Failure, Hello, Prepared, Ready, StepResult
 from mili.worker.progress import Progress
 from mili.worker.session import Dismissed, Event, Session
 from mili.worker.worker_keys import WorkerKeys
@@ -110,7 +110,7 @@ class Connection:
         """The open epoch, or 0."""
         return self._session.epoch
 
-    def send(self, epoch: int, body: Ready | StepResult | Failure) -> None:
+    def send(self, epoch: int, body: Ready | StepResult | Failure | Prepared) -> None:
         """Send a frame, if its epoch is open; what the router does not take now goes later."""
         with self._lock:
             if self._is_closed:

@@ -12,6 +12,7 @@ import signal
 import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Protocol
 
@@ -34,6 +35,8 @@ from mili.internal.v1.step_pb2 import (
     Failure,
     FailureKind,
     Hello,
+    Prepare,
+    Prepared,
     Ready,
     StepCommand,
     StepResult,
@@ -45,7 +48,7 @@ from mili.worker.connection import Connection
 from mili.worker.dtype import choose_dtype
 from mili.worker.health import HealthServer
 from mili.worker.progress import Progress
-from mili.worker.session import PROTOCOL, Command, Dismissed, Event, Opened
+from mili.worker.session import PROTOCOL, Command, Dismissed, Event, Opened, Preparing
 from mili.worker.startup import Startup
 from mili.worker.trace import write_trace
 from mili.worker.worker_keys import read_worker_keys
@@ -78,6 +81,9 @@ class Runner(Protocol):
 
     def reset(self) -> None:
         """Empty the table: a new epoch begins."""
+
+    def prepare(self, prepare: Prepare, reply: Callable[[Prepared], None]) -> None:
+        """Have something ready for later admissions, off the step loop; or release it."""
 
     def start(self, command: StepCommand) -> PendingStep:
         """Start one step, after those that were started before."""
@@ -263,6 +269,8 @@ def _step(
                     progress.restart()
                     connection.send(epoch, runner.ready())
                     progress.enter(WORKER_PHASE_IDLE)
+                case Preparing(epoch, prepare):
+                    runner.prepare(prepare, partial(connection.send, epoch))
                 case Command(epoch, command):
                     progress.start(command.step)
                     try:

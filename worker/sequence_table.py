@@ -123,11 +123,7 @@ class SequenceTable:
             widest = max(wanted.sampled_width, wanted.scored_width)
             _require(widest <= MAX_WIDTH, "row {}: too many alternatives", row)
             _require(not wanted.scored or wanted.scored.start > 0, "row {}: score_from 0", row)
-        unsupported = (
-            admission.adapter,
-            admission.grammar,
-        )
-        _require(not any(unsupported), "row {} asks for what this worker cannot do", row)
+        _require(not admission.adapter, "row {} asks for what this worker cannot do", row)
         _require(len(admission.token_ids) % TOKEN_BYTES == 0, "row {}: half a token id", row)
         token_ids = np.frombuffer(admission.token_ids, "<u4")
         _require(0 < len(token_ids) <= self.max_model_len, "row {}: {} tokens", row, len(token_ids))

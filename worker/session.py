@@ -18,6 +18,7 @@ from mili.internal.v1.step_pb2 import (
     Failure,
     Heartbeat,
     Hello,
+    Prepare,
     Prepared,
     Ready,
     RouterFrame,
@@ -54,7 +55,12 @@ class Dismissed(NamedTuple):
     reason: str
 
 
-Event = Opened | Command | Dismissed
+class Preparing(NamedTuple):
+    epoch: int
+    prepare: Prepare
+
+
+Event = Opened | Command | Preparing | Dismissed
 
 
 class Session:
@@ -99,8 +105,7 @@ class Session:
             case "goodbye":
                 return Dismissed(frame.goodbye.reason)
             case "prepare":
-                error = "this worker has no grammars and no adapters"
-                self.send(self.epoch, Prepared(id=frame.prepare.id, error=error))
+                return Preparing(self.epoch, frame.prepare)
         return None
 
     def send(self, epoch: int, body: Ready | StepResult | Failure | Heartbeat | Prepared) -> None:

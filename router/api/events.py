@@ -163,6 +163,7 @@ def to_usage(usage: Usage) -> pb.Usage:
 def to_timing(timing: Timing) -> pb.Timing:
     return pb.Timing(
         queue=duration(timing.queue),
+        grammar_compile=duration(timing.grammar_compile),
         prefill=duration(timing.prefill),
         time_to_first_token=duration(timing.time_to_first_token),
         decode=duration(timing.decode),

@@ -17,10 +17,11 @@ from mili.router.api.sampling import (
     require,
     to_sampling,
 )
+from mili.router.api.structured import check_structured_output
 from mili.router.errors import Reason, RequestError
 from mili.router.parsers.formats import Formats
 from mili.router.readings import MAX_ALTERNATIVES
-from mili.router.request import GenerationParams, Scheduling
+from mili.router.request import Constraint, GenerationParams, Scheduling
 from mili.v1 import inference_pb2 as pb
 
 _MAX_STOP_SEQUENCES = 64
@@ -48,6 +49,7 @@ def check_generation(generation: pb.Generation, context_limit: int, defaults: De
     _check_stopping(generation.stopping, defaults.vocab_size)
     check_parsing(generation, defaults.formats)
     _check_output(generation.output, defaults.vocab_size)
+    check_structured_output(generation)
     kind = generation.WhichOneof("prompt")
     require(kind is not None, "generation.prompt", "is missing")
     require(kind != "text" or bool(generation.text), "generation.text", "is empty")
@@ -77,6 +79,7 @@ def to_params(
     *,
     cache_namespace: bytes,
     scheduling: Scheduling,
+    constraint: Constraint | None = None,
 ) -> GenerationParams:
     """Return the parameters of a checked Generation; raise RequestError for a bad prompt."""
     field = f"generation.{generation.WhichOneof('prompt')}"
@@ -120,6 +123,7 @@ def to_params(
         num_prompt_logprobs=(
             output.prompt_top_logprobs if output.HasField("prompt_top_logprobs") else None
         ),
+        constraint=constraint,
     )
 
 

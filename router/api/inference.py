@@ -28,6 +28,7 @@ from mili.router.api.status import Context, NotFoundError
 from mili.router.api.stream import Gathered, Stream
 from mili.router.api.stream_options import StreamOptions, to_stream_options
 from mili.router.api.streams import Streams
+from mili.router.api.structured import StructuredOutputs
 from mili.router.api.supported import check_supported
 from mili.router.errors import Reason
 from mili.router.quotas import Quotas
@@ -52,6 +53,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         defaults: Defaults,
         prompts: PromptReader,
         threads: TextThreads,
+        structured: StructuredOutputs,
         quotas: Quotas,
         instance_id: str,
         clock: Callable[[], float],
@@ -64,6 +66,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
         self._defaults = defaults
         self._prompts = prompts
         self._threads = threads
+        self._structured = structured
         self._quotas = quotas
         self._instance_id = instance_id
         self._clock = clock
@@ -202,6 +205,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
     async def _start(self, stream: Stream, job: Job, resume_token: str = "") -> Answering:
         """Read the prompt, and submit the request."""
         prompt = await self._read(job.generation)
+        constraint = await self._structured.read(job.generation.structured_output, prompt)
         if job.whole:
             check_fits_whole(job.generation.output, len(prompt))
         # Asked for again: a worker with less room may have come in the meantime.
@@ -212,6 +216,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             self._defaults,
             cache_namespace=job.cache_namespace,
             scheduling=job.scheduling,
+            constraint=constraint,
         )
         job.account.check(len(prompt))
         self._streams.submit(stream, params)

@@ -31,6 +31,7 @@ from mili.router.api.pins import Pins
 from mili.router.api.prompt import PromptReader, TextThreads
 from mili.router.api.reflection import add_reflection
 from mili.router.api.streams import Streams
+from mili.router.api.structured import StructuredOutputs
 from mili.router.api.tokenizer_service import TokenizerService
 from mili.router.chat_template import ChatTemplate
 from mili.router.config import RouterConfig
@@ -107,6 +108,7 @@ class ApiServer:
         defaults = read_defaults(folder)._replace(formats=model.formats)
         quotas = Quotas(clock)
         self._health = Health(_service_names(_PUBLIC_FILES + _ADMIN_FILES))
+        self._structured = StructuredOutputs(folder, tokenizer)
         self._inference = InferenceService(
             engine=engine,
             streams=self._streams,
@@ -116,6 +118,7 @@ class ApiServer:
             defaults=defaults,
             prompts=prompts,
             threads=self._threads,
+            structured=self._structured,
             quotas=quotas,
             instance_id=self.instance_id,
             clock=clock,
@@ -179,6 +182,7 @@ class ApiServer:
         await asyncio.gather(*(server.stop(grace=1.0) for server in self._servers))
         self._servers.clear()
         self._threads.close()
+        await self._structured.close()
 
     async def _listen(
         self,

@@ -28,6 +28,8 @@ _CODES = {
     Reason.UNSUPPORTED_FIELD: grpc.StatusCode.INVALID_ARGUMENT,
     Reason.UNSUPPORTED_METHOD: grpc.StatusCode.UNIMPLEMENTED,
     Reason.CONTEXT_TOO_LONG: grpc.StatusCode.INVALID_ARGUMENT,
+    Reason.GRAMMAR_INVALID: grpc.StatusCode.INVALID_ARGUMENT,
+    Reason.GRAMMAR_TOO_COMPLEX: grpc.StatusCode.INVALID_ARGUMENT,
     Reason.MODEL_NOT_FOUND: grpc.StatusCode.NOT_FOUND,
     Reason.REQUEST_NOT_FOUND: grpc.StatusCode.NOT_FOUND,
     Reason.REQUEST_ID_CONFLICT: grpc.StatusCode.ALREADY_EXISTS,

@@ -21,7 +21,8 @@ _SUPPORTED = {
     "StreamOptions": "max_tokens_per_message max_flush_interval resume_window"
     " include_recovery_notices",
     "AttachStreamRequest": "resume_token after_sequence",
-    "Generation": "model text token_ids chat sampling stopping output scheduling cache"
+    "Generation": "model text token_ids chat sampling stopping output structured_output"
+    " scheduling cache"
     " truncate_prompt_tokens add_special_tokens",
     "TokenIds": "ids",
     "ChatPrompt": "messages tools template_variables_json continue_final_message",
@@ -34,6 +35,9 @@ _SUPPORTED = {
     " include_stop_text ignore_eos max_reasoning_tokens time_limit",
     "OutputOptions": "text token_ids top_logprobs prompt_top_logprobs skip_special_tokens"
     " parse_reasoning parse_tool_calls timing",
+    "StructuredOutput": "json_schema json_object regex grammar choices after_reasoning",
+    "JsonObject": "",
+    "Choices": "values",
     "SchedulingHints": "priority max_queue_time session_id",
     "CacheOptions": "bypass_read bypass_write salt",
     "CancelGenerationRequest": "request_id",

@@ -287,6 +287,10 @@ class Callers:
                 assert not (told.started if told.is_first else told.token_ids), (
                     "begun, and displaced from the queue"
                 )
+            case Reason.GRAMMAR_INVALID:
+                constraint = told.params.constraint
+                assert constraint and constraint.source == "13", "its grammar can be used"
+                assert not told.started, "begun without a grammar"
             case Reason.POISON_REQUEST:
                 assert told.strikes >= MAX_STRIKES, "poison, and others were suspects too"
                 deadly = told.params.sampling.top_k == DEADLY_TOP_K

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from mili.internal.v1.step_pb2 import StepResult, WorkerFrame
+from mili.internal.v1.step_pb2 import Prepared, StepResult, WorkerFrame
 from mili.router.engine import Deliver, Engine
 from mili.router.kv_cache import CacheSettings
 from mili.router.output import DetokenizedOutput
@@ -134,6 +134,9 @@ class RouterProcess:
         assert group.name in self.serving, "a group that does not serve gave a result"
         self.engine.on_result(group, result)
         self.schedulers[group.name].check()
+
+    def on_prepared(self, group: WorkerGroup, prepared: Prepared) -> None:
+        self.engine.on_prepared(group, prepared)
 
     def on_lost(self, group: WorkerGroup, reason: str, *, died: bool) -> None:
         self._trace.note(f"router: {group.name} is lost, {died=}: {reason}")

@@ -13,8 +13,14 @@ from dataclasses import replace
 from hashlib import blake2b
 from zlib import crc32
 
-from mili.internal.v1.step_pb2 import TASK_EMBED, TASK_GENERATE, TASK_SCORE, Sampling
-from mili.router.request import GenerationParams, Scheduling
+from mili.internal.v1.step_pb2 import (
+    GRAMMAR_KIND_REGEX,
+    TASK_EMBED,
+    TASK_GENERATE,
+    TASK_SCORE,
+    Sampling,
+)
+from mili.router.request import Constraint, GenerationParams, Scheduling
 from tests.fake_worker import EOS, seed_of
 from tests.simulation.worker_process import DEADLY_TOP_K, MAX_MODEL_LEN
 
@@ -68,6 +74,7 @@ class Wishes:
             cache_write=rng.random() < 0.9,
             scheduling=self._scheduling(tenant, now),
             num_sequences=rng.choice((2, 3, 5)) if rng.random() < 0.2 else 1,
+            constraint=self._constraint(),
         )
         return self._with_readings(params) if rng.random() < 0.2 else params
 
@@ -83,7 +90,7 @@ class Wishes:
         task = rng.choice((TASK_GENERATE, TASK_EMBED, TASK_SCORE))
         if task == TASK_GENERATE:
             return asked
-        plain = replace(asked, text=False, stop_sequences=(), num_sequences=1)
+        plain = replace(asked, text=False, stop_sequences=(), num_sequences=1, constraint=None)
         return replace(plain, task=task, max_tokens=1, min_tokens=0)
 
     def easy(self) -> GenerationParams:
@@ -100,6 +107,13 @@ class Wishes:
         if rng.random() < 0.01:
             return self._tokens(MAX_MODEL_LEN + rng.randrange(9))  # refused at the door
         return begun[: MAX_MODEL_LEN - 12] + self._tokens(rng.randint(1, 8))
+
+    def _constraint(self) -> Constraint | None:
+        """Runs of equal tokens, of which the worker refuses those of 13."""
+        if self._random.random() < 0.8:
+            return None
+        length = self._random.choice((1, 2, 3, 3, 3, 13))
+        return Constraint(GRAMMAR_KIND_REGEX, str(length))
 
     def _scheduling(self, tenant: str, now: float) -> Scheduling:
         rng = self._random

@@ -21,13 +21,14 @@ from mili.internal.v1.step_pb2 import (
     Failure,
     Heartbeat,
     Hello,
+    Prepared,
     Ready,
     RouterFrame,
     StepCommand,
     StepResult,
 )
 from mili.worker.connection import HEARTBEAT_SECONDS
-from mili.worker.session import Command, Dismissed, Event, Opened, Session
+from mili.worker.session import Command, Dismissed, Event, Opened, Preparing, Session
 from tests.fake_worker import EOS, FakeModel, FakeWorker
 from tests.simulation.network import Network
 from tests.simulation.timeline import Timeline
@@ -178,6 +179,8 @@ class WorkerProcess:
                 continue
             elif isinstance(event, Opened):
                 self._open(event.epoch)
+            elif isinstance(event, Preparing):
+                self._prepare(event)
             else:
                 self._start(event)
 
@@ -198,6 +201,7 @@ class WorkerProcess:
             max_step_tokens=hardware.max_step_tokens,
             max_model_len=MAX_MODEL_LEN,
             vocab_size=EOS + 1,
+            capabilities=["grammars"],
         )
         self._session.send(epoch, ready)
         self._flush()
@@ -227,6 +231,17 @@ class WorkerProcess:
         result.device_microseconds = int(self._step_seconds(command) * 1e6)
         seconds = result.device_microseconds / 1e6
         self._timeline.after(seconds, self._finish, epoch, command, result)
+
+    def _prepare(self, event: Preparing) -> None:
+        """Another thread does it: the answer comes after a while, whatever the step loop does."""
+        answer = self._worker.prepare(event.prepare)
+        if answer is not None:
+            self._timeline.after(self.hardware.load_seconds / 8, self._reply, event.epoch, answer)
+
+    def _reply(self, epoch: int, answer: Prepared) -> None:
+        if not self._stands_still(self._reply, epoch, answer):
+            self._session.send(epoch, answer)
+            self._flush()
 
     def _step_seconds(self, command: StepCommand) -> float:
         slow = self.slowness if self._timeline.now < self.slow_until else 1.0

@@ -9,13 +9,30 @@ from collections.abc import Sequence
 
 import pytest
 
-from mili.internal.v1.step_pb2 import Sampling, StepCommand, StepResult
+from mili.internal.v1.step_pb2 import (
+    GRAMMAR_KIND_REGEX,
+    ROW_FAULT_KIND_GRAMMAR,
+    Prepare,
+    Prepared,
+    RowFault,
+    Sampling,
+    StepCommand,
+    StepResult,
+)
 from mili.router.engine import Engine
 from mili.router.errors import Reason, RequestError
+from mili.router.introspection import RequestState
 from mili.router.limits import Limits
 from mili.router.pipeline import DEEP, SHALLOW, SHORT_STEP
+from mili.router.preparation import MAX_UNUSED
 from mili.router.recovery import MAX_DEATHS
-from mili.router.request import Finished, FinishReason, GenerationParams, RequestOutput
+from mili.router.request import (
+    Constraint,
+    Finished,
+    FinishReason,
+    GenerationParams,
+    RequestOutput,
+)
 from tests.fake_worker import EOS, FakeModel, FakeWorker, seed_of
 from tests.scheduler_simulation import expected, sequence_id, sequences
 
@@ -37,7 +54,7 @@ class FakeGroup:
             max_step_tokens=12,
             max_model_len=CONTEXT_LIMIT,
             vocab_size=3,
-            capabilities=frozenset(),
+            capabilities=frozenset({"grammars"}),
         )
         self.restart()
 
@@ -45,6 +62,12 @@ class FakeGroup:
         self.sent: deque[StepCommand] = deque()
         self.worker = FakeWorker(self.limits.num_blocks, self.limits.block_size, FakeModel())
         self.results: deque[StepResult] = deque()
+        self.prepared: deque[Prepared] = deque()
+
+    def prepare(self, prepare: Prepare) -> None:
+        answer = self.worker.prepare(prepare)
+        if answer is not None:
+            self.prepared.append(answer)
 
     def send(self, command: StepCommand, samples: Sequence[bool], now: float) -> None:
         assert len(samples) == len(command.rows)
@@ -84,8 +107,14 @@ class Harness:
             return True
         return False
 
+    def prepare(self, group: FakeGroup) -> bool:
+        if group.prepared:
+            self.engine.on_prepared(group, group.prepared.popleft())
+            return True
+        return False
+
     def finish(self) -> None:
-        while any(self.answer(group) for group in self.groups):
+        while any(self.answer(group) or self.prepare(group) for group in self.groups):
             pass
 
     def tokens(self, request_id: str) -> list[int]:
@@ -115,12 +144,15 @@ class Harness:
         return finished
 
 
-def params(prompt: list[int], seed: int = 1, max_tokens: int = 10) -> GenerationParams:
+def params(
+    prompt: list[int], seed: int = 1, max_tokens: int = 10, grammar: str = ""
+) -> GenerationParams:
     return GenerationParams(
         prompt_token_ids=prompt,
         sampling=Sampling(seed=seed),
         max_tokens=max_tokens,
         eos_token_ids=frozenset({EOS}),
+        constraint=Constraint(GRAMMAR_KIND_REGEX, grammar) if grammar else None,
     )
 
 
@@ -447,6 +479,100 @@ def test_a_request_goes_where_its_prefix_is_cached() -> None:
     assert busy.worker.step == 0
 
 
+GRAMMARS = [Constraint(GRAMMAR_KIND_REGEX, source) for source in ("1", "2", "3", "13")]
+
+
+def test_a_request_waits_for_its_grammar_and_holds_up_nobody() -> None:
+    harness = Harness(1)
+    (group,) = harness.groups
+    harness.engine.on_ready(group)
+    harness.engine.submit("held", params(LONG, grammar="2"))
+    harness.engine.submit("free", params(LONG))
+    assert harness.engine.num_queued == 1
+    assert not any(command.admissions[0].grammar for command in group.sent if command.admissions)
+    while harness.answer(group):
+        pass
+    assert harness.tokens("free") == FakeModel().alone(LONG, 1, 10)
+    harness.now = 3.0
+    harness.finish()
+    assert harness.tokens("held") == FakeModel().alone(LONG, 1, 10, "2")
+    assert harness.finished("held").timing.grammar_compile == 3.0
+    assert harness.engine.num_live == harness.engine.num_queued == 0
+
+
+def test_a_refused_grammar_fails_those_who_wait_for_it_and_is_asked_for_again() -> None:
+    harness = Harness(1)
+    harness.engine.on_ready(harness.groups[0])
+    for name in ("a", "b"):
+        harness.engine.submit(name, params(LONG, grammar="13"))
+    assert len(harness.groups[0].prepared) == 1
+    harness.finish()
+    for name in ("a", "b"):
+        error = harness.finished(name).finish.error
+        assert error is not None and error.reason == Reason.GRAMMAR_INVALID
+        assert error.field == "generation.structured_output" and "no luck" in error.message
+    harness.engine.submit("c", params(LONG, grammar="13"))
+    assert len(harness.groups[0].prepared) == 1
+    harness.finish()
+
+
+def test_who_waits_for_a_grammar_can_be_cancelled_explained_and_lose_its_worker() -> None:
+    harness = Harness(2)
+    first, second = harness.groups
+    harness.engine.on_ready(first)
+    for name in ("a", "b"):
+        harness.engine.submit(name, params(LONG, grammar="3"))
+    explanation = harness.engine.operations.explain("b")
+    assert explanation is not None and explanation.state == RequestState.QUEUED
+    assert harness.engine.cancel("a")
+    first.restart()
+    harness.engine.on_lost(first, "killed", died=True)
+    harness.engine.on_ready(second)
+    harness.finish()
+    assert harness.tokens("b") == FakeModel().alone(LONG, 1, 10, "3")
+    assert harness.finished("a").finish.reason == FinishReason.CANCELLED
+    assert harness.engine.num_live == 0
+
+
+def test_grammars_that_nobody_uses_are_released() -> None:
+    harness = Harness(1)
+    group = harness.groups[0]
+    harness.engine.on_ready(group)
+    for number in range(14, 14 + 3 * MAX_UNUSED):
+        harness.engine.submit(f"r{number}", params(LONG, grammar=str(number)))
+        harness.finish()
+    assert len(group.worker.grammars) <= 2 * MAX_UNUSED
+    harness.engine.submit("again", params(LONG, grammar="14"))
+    harness.engine.submit("recent", params(LONG, grammar=str(13 + 3 * MAX_UNUSED)))
+    assert len(group.prepared) == 1
+    harness.finish()
+
+
+def test_a_grammar_that_fails_on_the_way_ends_the_request_alone() -> None:
+    harness = Harness(1)
+    group = harness.groups[0]
+    harness.engine.on_ready(group)
+    harness.engine.submit("a", params(LONG))
+    for result in group.results:
+        result.ClearField("token_ids")
+        result.num_new[0] = 0
+        result.faults.append(RowFault(index=0, kind=ROW_FAULT_KIND_GRAMMAR))
+    harness.finish()
+    error = harness.finished("a").finish.error
+    assert error is not None and error.reason == Reason.GRAMMAR_TOO_COMPLEX
+
+
+def test_workers_without_grammars_are_asked_for_none() -> None:
+    harness = Harness(1)
+    group = harness.groups[0]
+    group.limits = group.limits._replace(capabilities=frozenset())
+    harness.engine.on_ready(group)
+    with pytest.raises(RequestError) as refused:
+        harness.engine.submit("a", params(LONG, grammar="2"))
+    assert refused.value.reason == Reason.UNSUPPORTED_FIELD
+    assert refused.value.field == "generation.structured_output"
+
+
 class History:
     """Random events over three groups of different and changing size, checked after each."""
 
@@ -470,11 +596,11 @@ class History:
     def run(self, events: int) -> Counter[str]:
         actions = (
             self.submit, self.answer, self.toggle, self.cancel, self.engine.tick, self.drain,
-            self.undrain,
+            self.undrain, self.prepare,
         )  # fmt: skip
         for _ in range(events):
             self.harness.now += self.random.random() / 2
-            self.random.choices(actions, (20, 60, 2, 1.5, 3, 1.5, 2))[0]()
+            self.random.choices(actions, (20, 60, 2, 1.5, 3, 1.5, 2, 15))[0]()
             self.check()
         for index in range(3):
             if not self.serving[index]:
@@ -500,6 +626,7 @@ class History:
             eos_token_ids=frozenset({EOS}),
             cache_namespace=namespace,
             num_sequences=self.random.choice((1, 1, 1, 2, 4)),
+            constraint=self.random.choice((None, None, None, *GRAMMARS)),
         )
         try:
             self.engine.submit(name, wanted)
@@ -511,6 +638,9 @@ class History:
 
     def answer(self) -> None:
         self.harness.answer(self.random.choice(self.harness.groups))
+
+    def prepare(self) -> None:
+        self.harness.prepare(self.random.choice(self.harness.groups))
 
     def toggle(self, index: int | None = None) -> None:
         index = self.random.randrange(3) if index is None else index
@@ -558,9 +688,15 @@ class History:
         tokens, reason = expected(FakeModel(), wanted, limit)
         end = finished.finish
         self.totals[end.reason.name] += 1
+        if wanted.constraint and end.error is None:
+            self.totals["held"] += 1
+            self.totals["held and recovered"] += finished.timing.recoveries
+            self.totals["held and preempted"] += finished.timing.preemptions
         self.totals["recoveries"] += finished.timing.recoveries
         self.totals["preemptions"] += finished.timing.preemptions
         # A worker may have come back with less room than there was.
+        if end.error is not None:
+            self.totals[end.error.reason] += 1
         cut = end.reason in (FinishReason.CANCELLED, FinishReason.CONTEXT_LENGTH)
         if cut or (end.error is not None and end.error.reason != Reason.NUMERIC_FAULT):
             assert got == tokens[: len(got)]
@@ -576,7 +712,8 @@ def test_random_histories_over_three_workers(part: int) -> None:
     print(dict(totals))
     for happening in (
         "recoveries", "preemptions", "EOS", "MAX_TOKENS", "CANCELLED", "NO_WORKERS", "DRAINING",
-        "running when drained", "siblings",
+        "running when drained", "siblings", "held", "held and recovered", "held and preempted",
+        "GRAMMAR_INVALID",
     ):  # fmt: skip
         assert totals[happening] >= 20, (happening, totals)
     assert totals["EOS"] + totals["MAX_TOKENS"] > 500

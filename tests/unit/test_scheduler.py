@@ -96,15 +96,15 @@ def test_every_request_equals_the_model_alone(part: int) -> None:
 PLANTED = {
     "an older admission's result counts": (
         "scheduler",
-        "if request.admission == row.admission and not faulty",
-        "if not faulty",
+        "if request.admission == row.admission and fault is None",
+        "if fault is None",
     ),
     "admitted again with a token pending": (
         "scheduler",
         "if request is None or request.num_pending:",
         "if request is None:",
     ),
-    "a faulty block is published": ("scheduler", " and not faulty:", ":"),
+    "a faulty block is published": ("scheduler", " and fault is None:", ":"),
     "published before it is computed": (
         "scheduler",
         "self.kv.publish(request, row.num_computed)",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mili.internal.v1 import step_pb2 as pb
-from mili.worker.session import Command, Dismissed, Opened, Session
+from mili.worker.session import Command, Dismissed, Opened, Preparing, Session
 from tests.scripted_worker import READY, make_command, make_hello, make_result
 
 EPOCH = 77
@@ -120,8 +120,12 @@ def test_garbage_changes_nothing(session: Session) -> None:
     assert session.receive(step(2, 1), 0.0) == Command(EPOCH, make_command(1))
 
 
-def test_prepare_is_declined_and_not_ignored(session: Session) -> None:
-    assert session.receive(frame(EPOCH, 2, prepare=pb.Prepare(id=3, adapter="a")), 0.0) is None
+def test_prepare_is_for_the_step_loop_and_answered_in_its_epoch(session: Session) -> None:
+    prepare = pb.Prepare(id=3, adapter="a")
+    event = session.receive(frame(EPOCH, 2, prepare=prepare), 0.0)
+    assert event == Preparing(EPOCH, prepare)
+    session.send(EPOCH + 1, pb.Prepared(id=2))
+    session.send(EPOCH, pb.Prepared(id=3, error="none"))
     (answer,) = sent(session)
     assert answer.prepared.id == 3
     assert answer.prepared.error

@@ -15,9 +15,12 @@ import torch
 
 from mili.hub.folder import ModelFolder
 from mili.internal.v1.step_pb2 import (
+    ROW_FAULT_KIND_GRAMMAR,
     ROW_FAULT_KIND_NUMERIC,
+    Prepare,
     Ready,
     RowFault,
+    RowFaultKind,
     StepCommand,
     StepResult,
 )
@@ -27,9 +30,10 @@ from mili.worker.cpu.batch import Batch, make_batch
 from mili.worker.cpu.decoder import Decoder
 from mili.worker.cpu.kv_cache import KVCache, count_blocks
 from mili.worker.cpu.reader import read_embeddings, read_samples, read_scores
-from mili.worker.cpu.sampler import sample_rows
+from mili.worker.cpu.sampler import hold_to_grammars, sample_rows
 from mili.worker.cpu.sequence_table import CpuSequenceTable, IntArray
 from mili.worker.dtype import choose_dtype
+from mili.worker.grammars import Grammars, Reply
 from mili.worker.models.config import context_limit, read_decoder_config
 from mili.worker.startup import Startup
 from mili.worker.weights import open_weights
@@ -65,6 +69,8 @@ class CpuRunner:
         self._max_step_tokens = config.max_num_batched_tokens or _DEFAULT_STEP_TOKENS
         self._vocab_size = decoder_config.vocab_size
         self._startup = startup
+        with startup.phase("read tokens for grammars"):
+            self._grammars = Grammars(folder)
         with (
             startup.phase("load weights"),
             open_weights(folder, config.load_format, self.dtype) as source,
@@ -87,12 +93,14 @@ class CpuRunner:
             max_step_tokens=self._max_step_tokens,
             max_model_len=self._table.max_model_len,
             vocab_size=self._vocab_size,
+            capabilities=self._grammars.capabilities,
             startup=self._startup.phases,
         )
 
     def reset(self) -> None:
         """Forget every row: a new epoch begins."""
         self._table.reset()
+        self._grammars.reset()
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -104,6 +112,10 @@ class CpuRunner:
                 hidden = self._decoder.forward(batch, self._cache)
                 self._decoder.logits(hidden[:2])
 
+    def prepare(self, prepare: Prepare, reply: Reply) -> None:
+        """Have a grammar ready for later admissions, or release it."""
+        self._grammars.prepare(prepare, reply)
+
     def start(self, command: StepCommand) -> DoneStep:
         """Execute one step: on a CPU there is nothing to wait for."""
         return DoneStep(self.execute(command))
@@ -113,6 +125,7 @@ class CpuRunner:
         """Execute one step. Raises CommandError, after which nothing more may be executed."""
         started = time.perf_counter()
         taken = self._table.apply(command)
+        self._grammars.admit(command.admissions)
         columns = (taken.rows, taken.starts, taken.counts)
         rows, starts, counts = (np.array(column, np.int64) for column in columns)
         num_new, token_ids = np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
@@ -130,7 +143,7 @@ class CpuRunner:
         result.num_new.extend(num_new.tolist())
         result.token_ids.extend(token_ids[num_new == 1].tolist())
         result.faults.extend(
-            RowFault(index=index, kind=ROW_FAULT_KIND_NUMERIC)
+            RowFault(index=index, kind=self._fault_kind(int(rows[index])))
             for index in np.flatnonzero(self._table.is_faulted(rows)).tolist()
         )
         result.device_microseconds = round((time.perf_counter() - started) * 1e6)
@@ -164,9 +177,17 @@ class CpuRunner:
         if not finite.all():
             self._fault(batch, np.isin(np.arange(len(batch.rows)), sampled[~finite]))
             sampled, logits = sampled[finite], logits[torch.from_numpy(finite)]
-        raw = logits.clone() if table.wanted else logits  # sampling overwrites them
+        raw = logits.clone() if table.wanted else logits  # what follows overwrites them
+        if self._grammars.rows:
+            fits = hold_to_grammars(logits, self._grammars, batch.rows[sampled])
+            table.faulted.update(batch.rows[sampled[~fits]].tolist())
+            kept = torch.from_numpy(fits)
+            sampled, logits, raw = sampled[fits], logits[kept], raw[kept]
         tokens = sample_rows(logits, table, batch.rows[sampled])
         table.append_tokens(batch.rows[sampled], tokens.numpy())
+        for row, token in zip(batch.rows[sampled].tolist(), tokens.tolist(), strict=True):
+            if row in self._grammars.rows:
+                self._grammars.rows[row].take([token])
         if table.wanted:
             result.logprobs.extend(read_samples(table, batch, sampled, raw, tokens))
         return sampled, tokens.numpy()
@@ -188,6 +209,9 @@ class CpuRunner:
         if embedding.any():
             places = np.flatnonzero(embedding)
             result.embeddings.extend(read_embeddings(self._decoder, batch, places, hidden))
+
+    def _fault_kind(self, row: int) -> RowFaultKind.ValueType:
+        return ROW_FAULT_KIND_GRAMMAR if self._grammars.has_failed(row) else ROW_FAULT_KIND_NUMERIC
 
     def _fault(self, batch: Batch, rows: npt.NDArray[np.bool_]) -> None:
         """Mark rows, [rows] bool, until they are admitted again, and clear what they wrote."""

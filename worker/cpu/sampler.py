@@ -6,6 +6,7 @@ Owns nothing but the way from protobuf to the kernels' columns.
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from mili.kernels.reference_sampling import (
@@ -18,6 +19,7 @@ from mili.kernels.reference_sampling import (
     suppress_,
 )
 from mili.worker.cpu.sequence_table import CpuSequenceTable, IntArray
+from mili.worker.grammars import Grammars
 
 
 def sample_rows(logits: torch.Tensor, table: CpuSequenceTable, rows: IntArray) -> torch.Tensor:
@@ -40,6 +42,24 @@ def sample_rows(logits: torch.Tensor, table: CpuSequenceTable, rows: IntArray) -
             position=torch.from_numpy(positions),
         ),
     )
+
+
+def hold_to_grammars(
+    logits: torch.Tensor, grammars: Grammars, rows: IntArray
+) -> npt.NDArray[np.bool_]:
+    """Make impossible what a row's grammar does not allow, in place; returns which rows go on.
+
+    logits: [rows, vocab]. A row does not go on, [rows], where its grammar has failed.
+    """
+    held = [index for index, row in enumerate(rows.tolist()) if row in grammars.rows]
+    masks = np.empty((len(held), grammars.num_words), np.int32)
+    fits = np.ones(len(rows), np.bool_)
+    for index, mask in zip(held, masks, strict=True):
+        grammar = grammars.rows[int(rows[index])]
+        grammar.fill(mask)
+        fits[index] = not grammar.has_failed
+    allow_only_(logits, torch.tensor(held, dtype=torch.int64), torch.from_numpy(masks))
+    return fits
 
 
 def _edit(

@@ -7,13 +7,21 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mili.internal.v1.step_pb2 import ROW_FAULT_KIND_NUMERIC, RowFault, StepResult
+from mili.internal.v1.step_pb2 import (
+    ROW_FAULT_KIND_GRAMMAR,
+    ROW_FAULT_KIND_NUMERIC,
+    RowFault,
+    StepResult,
+)
 from mili.kernels.step import MAX_ROWS
 from mili.worker.cuda.reader import StepReadings
 from mili.worker.cuda.staging import StepRows
 from mili.worker.cuda.transfer import Slot
 
 _NOBODY: frozenset[int] = frozenset()
+# Beside the device's own 1.
+_UNFIT = 2
+_FAULT_KINDS = {1: ROW_FAULT_KIND_NUMERIC, _UNFIT: ROW_FAULT_KIND_GRAMMAR}
 
 
 class PendingStep(NamedTuple):
@@ -22,6 +30,8 @@ class PendingStep(NamedTuple):
     step: int
     rows: StepRows
     slot: Slot
+    # Table rows whose grammar has failed.
+    unfit: frozenset[int] = _NOBODY
     readings: StepReadings | None = None
 
     def result(self) -> StepResult:
@@ -36,7 +46,10 @@ class PendingStep(NamedTuple):
         faulted = slot.output[MAX_ROWS : MAX_ROWS + len(rows.rows)].tolist()
         readings = self.readings
         silent = readings.silent if readings else _NOBODY
-        if is_in_order and 1 not in faulted and not silent:
+        if self.unfit:
+            columns = zip(rows.rows, faulted, strict=True)
+            faulted = [_UNFIT if row in self.unfit else fault for row, fault in columns]
+        if is_in_order and not self.unfit and 1 not in faulted and not silent:
             result.token_ids.extend(tokens)
         else:
             self._sort_into(result, tokens, faulted, silent)
@@ -60,7 +73,7 @@ class PendingStep(NamedTuple):
         result.num_new.extend(int(place in by_place) for place in places)
         result.token_ids.extend(by_place[place] for place in places if place in by_place)
         result.faults.extend(
-            RowFault(index=place, kind=ROW_FAULT_KIND_NUMERIC)
+            RowFault(index=place, kind=_FAULT_KINDS[fault])
             for place, fault in sorted(zip(rows.order, faulted, strict=True))
             if fault
         )

@@ -10,13 +10,14 @@ step on the device, so that the next may be launched before this one's result is
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import structlog
 import torch
 
 from mili.hub.folder import ModelFolder
-from mili.internal.v1.step_pb2 import Ready, StepCommand, StepResult
+from mili.internal.v1.step_pb2 import Prepare, Ready, StepCommand, StepResult
 from mili.kernels.sampling import Sampler
 from mili.kernels.step import MAX_ROWS, allocate_batch, allocate_sequences, make_batch
 from mili.worker.config import WorkerConfig
@@ -29,11 +30,13 @@ from mili.worker.cuda.buckets import (
 )
 from mili.worker.cuda.graphs import Graphs
 from mili.worker.cuda.loading import load_decoder
+from mili.worker.cuda.masks import GrammarMasks
 from mili.worker.cuda.memory import check_device, count_blocks, log_capacity, out_of_memory
 from mili.worker.cuda.pending_step import PendingStep
 from mili.worker.cuda.reader import Reader, due
 from mili.worker.cuda.staging import order_rows, pack_deltas, pack_rows
 from mili.worker.cuda.transfer import Transfer
+from mili.worker.grammars import Grammars, Reply
 from mili.worker.models.config import context_limit, read_decoder_config
 from mili.worker.sequence_table import SequenceTable, Taken
 from mili.worker.startup import Startup
@@ -107,6 +110,11 @@ class CudaRunner:
         log_capacity(num_blocks, config.block_size, self._sequences.sampling.num_bytes)
         with torch.cuda.stream(self._stream):
             self._transfer = Transfer(self._batch, self._sequences, device)
+        with startup.phase("read tokens for grammars"):
+            self._grammars = Grammars(folder)
+        self._masks = GrammarMasks(
+            self._grammars, self._sequences.sampling.allowed_mask, max_samples
+        )
         self._graphs = Graphs(enabled=not config.enforce_eager)
         self._row_buckets = row_buckets(max_samples)
         self._sample_buckets = sample_buckets(max_samples)
@@ -128,12 +136,15 @@ class CudaRunner:
             max_step_tokens=self._max_step_tokens,
             max_model_len=self._table.max_model_len,
             vocab_size=self._vocab_size,
+            capabilities=self._grammars.capabilities,
             startup=self._startup.phases,
         )
 
     def reset(self) -> None:
         """Forget every row: a new epoch begins. No step may be in flight."""
         self._table.reset()
+        self._grammars.reset()
+        self._masks.reset()
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -156,12 +167,17 @@ class CudaRunner:
             slot.ended.synchronize()
         log.info("graphs recorded", graphs=len(self._graphs))
 
+    def prepare(self, prepare: Prepare, reply: Reply) -> None:
+        """Have a grammar ready for later admissions, or release it."""
+        self._grammars.prepare(prepare, reply)
+
     def start(self, command: StepCommand) -> PendingStep:
         """Launch one step. Raises CommandError, after which nothing more may be executed.
 
         Leaves the runner's stream as the thread's current one.
         """
         taken = self._table.take(command)
+        self._grammars.admit(command.admissions)
         try:
             pending = self._launch(command, taken)
         finally:
@@ -178,28 +194,51 @@ class CudaRunner:
         torch.cuda.set_stream(self._stream)
         torch.cuda.nvtx.range_push(f"step {command.step}")  # type: ignore[no-untyped-call]
         self._transfer.begin(slot, pack_deltas(command, taken.appended))
+        unfit: frozenset[int] = frozenset()
+
+        def hold() -> None:
+            nonlocal unfit
+            unfit = self._masks.upload(held, slot)
+
+        held = self._masks.held(rows)
         wanted = self._table.wanted
         scored = due(rows, wanted) if wanted else []
-        self._run(rows.num_tokens, rows.num_decode_rows, rows.num_samples, scores=bool(scored))
+        sizes = (rows.num_tokens, rows.num_decode_rows, rows.num_samples)
+        self._run(*sizes, scores=bool(scored), hold=hold if held else None)
         readings = self._reader.read(rows, wanted, scored) if wanted else None
         self._transfer.end(slot)
         torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
-        return PendingStep(command.step, rows, slot, readings)
+        if not held:
+            self._masks.hear()
+        return PendingStep(command.step, rows, slot, unfit, readings)
 
     def execute(self, command: StepCommand) -> StepResult:
         """Execute one step, and wait for it."""
         return self.start(command).result()
 
     def _run(
-        self, num_tokens: int, num_decode_rows: int, num_samples: int, *, scores: bool = False
+        self,
+        num_tokens: int,
+        num_decode_rows: int,
+        num_samples: int,
+        *,
+        scores: bool = False,
+        hold: Callable[[], None] | None = None,
     ) -> None:
         """Compute the batch that the input names, in the smallest graphs that hold it.
 
-        scores: known tokens are scored, for which a prefill keeps what is needed.
+        scores: known tokens are scored, for which a prefill keeps what is needed. hold: to be
+        called between the forward pass and the sampling; a decode step takes two graphs instead of
+        one then.
         """
         num_rows = smallest(self._row_buckets, num_decode_rows)
         if num_rows is not None and num_tokens == num_decode_rows and not scores:
-            self._graphs.run(("decode", num_rows), partial(self._decode, num_rows))
+            if hold is None:
+                self._graphs.run(("decode", num_rows), partial(self._decode, num_rows))
+                return
+            self._graphs.run(("forward", num_rows), partial(self._forward, num_rows))
+            hold()
+            self._graphs.run(("draw", num_rows), partial(self._draw, num_rows))
             return
         decodes = num_decode_rows > 0
         padded = smallest_worth(self._token_buckets, num_tokens)
@@ -209,14 +248,22 @@ class CudaRunner:
         else:
             self._prefill(-(-num_tokens // _PADDING) * _PADDING, decodes)
         if num_samples:
+            if hold is not None:
+                hold()
             self._sample(num_samples)
 
     @torch.inference_mode()
     def _decode(self, num_rows: int) -> None:
         """A whole step in which every row has one new token; nearly all of them sample."""
+        self._forward(num_rows)
+        self._draw(num_rows)
+
+    @torch.inference_mode()
+    def _forward(self, num_rows: int) -> None:
+        """A decode step up to its logits."""
         self._make_batch(num_rows)
         self._decoder.decode(self._batch, self._sequences, num_rows)
-        self._draw(num_rows)
+        self._decoder.compute_logits(num_rows)
 
     @torch.inference_mode()
     def _prefill(self, num_tokens: int, decodes: bool) -> None:
@@ -232,6 +279,7 @@ class CudaRunner:
     @torch.inference_mode()
     def _finish(self, num_samples: int) -> None:
         self._decoder.finish(self._batch, self._sequences, num_samples)
+        self._decoder.compute_logits(num_samples)
         self._draw(num_samples)
 
     def _make_batch(self, num_tokens: int) -> None:
@@ -243,9 +291,10 @@ class CudaRunner:
             block_size=self._block_size,
         )
 
+    @torch.inference_mode()
     def _draw(self, num_samples: int) -> None:
         self._sampler.sample(
-            self._decoder.compute_logits(num_samples),
+            self._decoder.activations.logits[:num_samples],
             self._sequences.sampling,
             self._batch.sample_rows,
             self._batch.sample_positions,

@@ -82,7 +82,7 @@ def pack_deltas(command: StepCommand, appended: Sequence[int]) -> bytes:
     parts = [b""] * len(command.admissions) + [array("i", appended).tobytes()]
     end = ADMISSION_SIZE * len(command.admissions) + len(appended)
     for index, admission in enumerate(command.admissions):
-        edits = _edits(admission.sampling)
+        edits = _edits(admission.sampling) | (_ALLOWED if admission.grammar else 0)
         parts[index] = _record(admission, end, edits)
         parts.append(admission.token_ids)
         end += len(admission.token_ids) // TOKEN_BYTES

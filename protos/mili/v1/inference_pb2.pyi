@@ -675,6 +675,13 @@ Global___OutputOptions: _TypeAlias = OutputOptions  # noqa: Y015
 
 @_typing.final
 class StructuredOutput(_message.Message):
+    """The output is one that fits, and ends when it does: what it could go on with is only the end. It
+    may be cut before by max_tokens, time_limit or a stop. Not with min_tokens, ignore_eos or
+    allowed_token_ids. A grammar of at most 128 KiB is tried before the request is admitted, for at
+    most 1 s of CPU in 256 MiB: GRAMMAR_INVALID, GRAMMAR_TOO_COMPLEX (also later, where it leads to
+    where nothing fits).
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     JSON_SCHEMA_FIELD_NUMBER: _builtins.int
@@ -684,11 +691,17 @@ class StructuredOutput(_message.Message):
     CHOICES_FIELD_NUMBER: _builtins.int
     AFTER_REASONING_FIELD_NUMBER: _builtins.int
     json_schema: _builtins.str
+    """A keyword that cannot be kept is refused by name. White space of a pretty-printed text is
+    allowed, up to 16 characters in one place.
+    """
     regex: _builtins.str
+    """The whole output matches; without look-around and back references."""
     grammar: _builtins.str
-    """Lark-style grammar."""
+    """Lark-style grammar, as llguidance has it; it begins with the rule `start`."""
     after_reasoning: _builtins.bool
-    """Apply the constraint only after the reasoning block has closed."""
+    """Apply the constraint only after the reasoning block has closed; before, everything is allowed
+    but the end of the output. Refused for a model that has no such block.
+    """
     @_builtins.property
     def json_object(self) -> Global___JsonObject: ...
     @_builtins.property
@@ -732,6 +745,8 @@ Global___JsonObject: _TypeAlias = JsonObject  # noqa: Y015
 
 @_typing.final
 class Choices(_message.Message):
+    """One of these, from 1 to 1024."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     VALUES_FIELD_NUMBER: _builtins.int
@@ -897,7 +912,9 @@ class Timing(_message.Message):
     @_builtins.property
     def queue(self) -> _duration_pb2.Duration: ...
     @_builtins.property
-    def grammar_compile(self) -> _duration_pb2.Duration: ...
+    def grammar_compile(self) -> _duration_pb2.Duration:
+        """Of the queue: until the worker had the grammar of structured_output ready."""
+
     @_builtins.property
     def prefill(self) -> _duration_pb2.Duration: ...
     @_builtins.property

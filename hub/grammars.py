@@ -1,0 +1,112 @@
+"""Grammars over a model's tokens: what llguidance makes of a schema, a regex or a Lark grammar.
+
+Owns how a source becomes a matcher, and the limits on that. Router and worker both use it: what
+passes at the door of the one is what the other computes. Does not know requests or processes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from enum import IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+# A mask must not take long, nor a grammar's automaton much memory: 1 to 2 KB a state. Roughly,
+# 50,000 units of fuel for a grammar's expressions are a millisecond, and 14,000 of a mask's.
+_LIMITS = LLParserLimits(
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=100_000,
+    step_max_items=20_000,
+    max_lexer_states=20_000,
+    max_grammar_size=200_000,
+    verbose_errors=False,  # they would tell the grammar and the output
+)
+# A model that is not sure of itself could write white space for ever: so much of it in one place.
+_JSON: JsonCompileOptions = {
+    "whitespace_flexible": True,
+    "whitespace_pattern": r"[ \t\r\n]{1,16}",
+}
+_COMPLEX = re.compile(r"too (complex|large|many)|fuel|limit|exhausted", re.IGNORECASE)
+_MAX_CAUSE = 300
+_DEAD_END = "no text fits it"
+
+
+class GrammarKind(IntEnum):
+    """Equal in number to mili.internal.v1.GrammarKind (a test proves it)."""
+
+    JSON_SCHEMA = 1
+    REGEX = 2
+    LARK = 3
+
+
+class GrammarError(ValueError):
+    """A grammar that cannot be used: it is wrong, or asks for too much work."""
+
+    def __init__(self, message: str, *, too_complex: bool) -> None:
+        super().__init__(message)
+        self.too_complex = too_complex
+
+
+class GrammarCompiler:
+    """Makes matchers over one model's tokenizer; threads may share it.
+
+    vocab_size: the model's; ids that have no text are never allowed. Raises ValueError for a
+    tokenizer whose tokens llguidance cannot spell, and for a model that no token ends.
+    """
+
+    def __init__(self, tokenizer: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        if not eos_token_ids:
+            raise ValueError("the model names no token that ends its output")
+        try:
+            self._tokenizer = LLTokenizer(
+                str(tokenizer), n_vocab=vocab_size, eos_token=list(eos_token_ids)
+            )
+        except Exception as error:  # the library raises nothing narrower
+            cause = str(error).partition("\n")[0][:_MAX_CAUSE]
+            raise ValueError(f"llguidance cannot use the tokenizer: {cause}") from None
+
+    @property
+    def num_words(self) -> int:
+        """32-bit words of a mask: bit t % 32 of word t // 32 is token t."""
+        return -(-self._tokenizer.vocab_size // 32)
+
+    def compile(self, kind: GrammarKind, source: str) -> LLMatcher:
+        """Return a matcher at its beginning, whose first mask is known to allow something.
+
+        A copy of it, deep_copy(), costs microseconds. Raises GrammarError. Leaves the GIL to others
+        for most of the time.
+        """
+        matcher = LLMatcher(
+            self._tokenizer, _to_llguidance(kind, source), log_level=0, limits=_LIMITS
+        )
+        _check(matcher)
+        matcher.compute_bitmask()
+        _check(matcher)
+        if matcher.is_stopped() and not matcher.is_accepting():
+            raise GrammarError(_DEAD_END, too_complex=False)
+        return matcher
+
+
+def _to_llguidance(kind: GrammarKind, source: str) -> str:
+    if kind == GrammarKind.REGEX:
+        return LLMatcher.grammar_from_regex(source)
+    if kind == GrammarKind.LARK:
+        return LLMatcher.grammar_from_lark(source)
+    try:
+        return LLMatcher.grammar_from_json_schema(source, defaults=_JSON)
+    except ValueError as error:
+        raise GrammarError(str(error)[:_MAX_CAUSE], too_complex=False) from None
+
+
+def _check(matcher: LLMatcher) -> None:
+    if matcher.is_error():
+        cause = matcher.get_error().partition("\n<")[0].strip()[:_MAX_CAUSE]
+        if cause.startswith("NoExtension"):
+            raise GrammarError(_DEAD_END, too_complex=False)
+        raise GrammarError(cause, too_complex=_COMPLEX.search(cause) is not None)

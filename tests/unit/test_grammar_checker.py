@@ -1,0 +1,162 @@
+"""The door for grammars: verdicts from a process that may be broken, and none that blocks."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import psutil
+import pytest
+import pytest_asyncio
+
+from mili.hub.folder import ModelFolder
+from mili.internal.v1.step_pb2 import GRAMMAR_KIND_LARK, GRAMMAR_KIND_REGEX
+from mili.router import grammar_checker
+from mili.router.errors import Reason, RequestError
+from mili.router.grammar_checker import GrammarChecker
+from mili.router.grammar_process import ANSWER, QUESTION, Verdict
+from mili.router.request import Constraint
+from tests.fake_engine import make_folder
+
+FIELD = "generation.structured_output.regex"
+BOMB = Constraint(
+    GRAMMAR_KIND_LARK, "start: A\nA: /.*a.{30}/ & /.*b.{29}/ & ~/.*c.{28}.*/"
+)  # more than a second of CPU
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> ModelFolder:
+    return make_folder(tmp_path / "model")
+
+
+@pytest_asyncio.fixture
+async def checker(folder: ModelFolder) -> AsyncIterator[GrammarChecker]:
+    made = GrammarChecker(folder)
+    yield made
+    await made.close()
+
+
+def regex(source: str) -> Constraint:
+    return Constraint(GRAMMAR_KIND_REGEX, source)
+
+
+def helpers() -> list[psutil.Process]:
+    """The processes that try grammars out."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if "mili.router.grammar_process" in child.cmdline()]
+
+
+async def refused(checker: GrammarChecker, constraint: Constraint) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        await checker.check(constraint, FIELD)
+    assert caught.value.field in (FIELD, "")
+    return caught.value
+
+
+async def test_good_ones_pass_and_wrong_ones_are_refused_with_the_cause(
+    checker: GrammarChecker,
+) -> None:
+    await checker.check(regex("a+"), FIELD)
+    error = await refused(checker, regex("(a"))
+    assert (error.reason, error.field) == (Reason.GRAMMAR_INVALID, FIELD)
+    assert "unclosed group" in error.message
+
+
+async def test_a_bomb_is_refused_and_holds_up_neither_the_loop_nor_others(
+    checker: GrammarChecker,
+) -> None:
+    await checker.check(regex("a"), FIELD)
+    bomb = asyncio.create_task(refused(checker, BOMB))
+    longest, before = 0.0, time.monotonic()
+    for number in range(20):
+        await checker.check(regex(f"b{{{number}}}c"), FIELD)
+        longest, before = max(longest, time.monotonic() - before), time.monotonic()
+    assert longest < 1.0 and not bomb.done()
+    error = await bomb
+    assert error.reason == Reason.GRAMMAR_TOO_COMPLEX
+    assert "more than 1 s" in error.message
+
+
+def test_what_takes_too_much_memory_is_too_complex(folder: ModelFolder) -> None:
+    source = b"(((a{1000}){1000}){1000})"
+    code = (
+        "from mili.router import grammar_process as process\n"
+        "process.MEMORY_BYTES = 4 << 20\n"
+        f"process.main({str(folder.tokenizer_path)!r}, {str(folder.vocab_size)!r}, '258')"
+    )
+    question = QUESTION.pack(7, GRAMMAR_KIND_REGEX, len(source)) + source
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(question)
+        process.stdin.flush()
+        assert ANSWER.unpack(process.stdout.read(ANSWER.size)) == (0, Verdict.GOOD, 0)
+        number, verdict, size = ANSWER.unpack(process.stdout.read(ANSWER.size))
+        assert (number, verdict) == (7, Verdict.TOO_COMPLEX)
+        assert b"MiB" in process.stdout.read(size)
+        process.stdin.close()
+        assert process.wait(10) == 0
+
+
+async def test_the_same_question_is_asked_once(checker: GrammarChecker) -> None:
+    await asyncio.gather(*(checker.check(regex("x"), FIELD) for _ in range(20)))
+    await checker.check(regex("x"), FIELD)
+    assert checker._num_asked == 1
+
+
+async def test_a_caller_that_leaves_takes_no_answer_with_it(checker: GrammarChecker) -> None:
+    first = asyncio.create_task(checker.check(regex("x"), FIELD))
+    await asyncio.sleep(0)
+    second = asyncio.create_task(checker.check(regex("x"), FIELD))
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.wait_for(second, 20)
+
+
+async def test_too_many_questions_are_refused(
+    checker: GrammarChecker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammar_checker, "MAX_PENDING", 2)
+    asked = [asyncio.create_task(checker.check(regex(f"x{n}"), FIELD)) for n in range(2)]
+    await asyncio.sleep(0)
+    assert (await refused(checker, regex("y"))).reason == Reason.QUEUE_FULL
+    await asyncio.gather(*asked)
+
+
+async def test_a_process_that_dies_is_told_of_and_replaced(checker: GrammarChecker) -> None:
+    await checker.check(regex("a"), FIELD)
+    (process,) = helpers()
+    bomb = asyncio.create_task(refused(checker, BOMB))
+    await asyncio.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    assert (await bomb).reason == Reason.INTERNAL
+    await checker.check(regex("b"), FIELD)
+    assert len(helpers()) == 1
+
+
+async def test_the_process_starts_with_the_first_question_and_ends_with_the_router(
+    folder: ModelFolder,
+) -> None:
+    checker = GrammarChecker(folder)
+    assert not helpers()
+    await checker.check(regex("a"), FIELD)
+    assert len(helpers()) == 1
+    await checker.close()
+    assert not helpers()
+
+
+async def test_a_tokenizer_that_cannot_be_used_refuses_all(folder: ModelFolder) -> None:
+    folder.tokenizer_path.write_text("{}")
+    checker = GrammarChecker(folder)
+    for _ in range(2):
+        error = await refused(checker, regex("a"))
+        assert error.reason == Reason.UNSUPPORTED_FIELD
+        assert "tokenizer" in error.message
+    await checker.close()
