@@ -26,7 +26,6 @@ Context: TypeAlias = aio.ServicerContext[Any, Any]
 _CODES = {
     Reason.INVALID_FIELD: grpc.StatusCode.INVALID_ARGUMENT,
     Reason.UNSUPPORTED_FIELD: grpc.StatusCode.INVALID_ARGUMENT,
-    Reason.UNSUPPORTED_METHOD: grpc.StatusCode.UNIMPLEMENTED,
     Reason.CONTEXT_TOO_LONG: grpc.StatusCode.INVALID_ARGUMENT,
     Reason.GRAMMAR_INVALID: grpc.StatusCode.INVALID_ARGUMENT,
     Reason.GRAMMAR_TOO_COMPLEX: grpc.StatusCode.INVALID_ARGUMENT,

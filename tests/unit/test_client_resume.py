@@ -152,7 +152,7 @@ def test_the_window_ends(monkeypatch: pytest.MonkeyPatch) -> None:
                 now += found[-1]
         return found
 
-    resumption = Resumption(3.0, None, "secret")
+    resumption = Resumption(3.0, "secret")
     assert delays() == [0.0, 0.1, 0.2, 0.4, 0.8]
     assert resumption.takes(pb.StreamEvent(sequence=1))
     assert delays() == [0.0, 0.1, 0.2, 0.4, 0.8]

@@ -212,7 +212,6 @@ PLANTED = {
         "return True",
     ),
     "min_tokens is one short": ("request", "num_output > params.min", "num_output >= params.min"),
-    "prompt positions are told again": ("request", "if told else piece", "if False else piece"),
     "what an older admission read is not counted": (
         "scheduler",
         "        request.peak_computed = max(request.peak_computed, row.num_computed)",

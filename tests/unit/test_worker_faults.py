@@ -137,8 +137,8 @@ def admission(**fields: object) -> StepCommand:
         (admission(adapter=1), "cannot do"),
         (admission(num_logprobs=21), "too many alternatives"),
         (admission(score_from=0), "score_from 0"),
-        (admission(sampling=Sampling(presence_penalty=1)), "cannot do"),
-        (admission(sampling=Sampling(suppressed_token_ids=[320])), "suppressed id"),
+        (admission(sampling=Sampling(suppressed_token_ids=[320])), "suppressed or allowed id"),
+        (admission(sampling=Sampling(allowed_token_ids=[320])), "suppressed or allowed id"),
     ],
 )
 def test_a_command_that_does_not_fit_is_an_error(

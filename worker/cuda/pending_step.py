@@ -30,9 +30,9 @@ class PendingStep(NamedTuple):
     step: int
     rows: StepRows
     slot: Slot
+    readings: StepReadings | None = None
     # Table rows whose grammar has failed.
     unfit: frozenset[int] = _NOBODY
-    readings: StepReadings | None = None
 
     def result(self) -> StepResult:
         """Wait for the step's end. May be called from another thread."""

@@ -210,7 +210,7 @@ class CudaRunner:
         torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
         if not held:
             self._masks.hear()
-        return PendingStep(command.step, rows, slot, unfit, readings)
+        return PendingStep(command.step, rows, slot, readings, unfit)
 
     def execute(self, command: StepCommand) -> StepResult:
         """Execute one step, and wait for it."""
