@@ -102,7 +102,14 @@ def test_what_is_not_finite_is_a_fault(bad: float) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
     return make_model_folder(
-        path, "qwen3", hidden_size=256, heads=4, kv_heads=2, vocab_size=5000, dtype=torch.bfloat16
+        path,
+        "qwen3",
+        hidden_size=256,
+        heads=4,
+        kv_heads=2,
+        vocab_size=5000,
+        max_position_embeddings=2048,
+        dtype=torch.bfloat16,
     )
 
 

@@ -57,6 +57,7 @@ class GrammarMasks:
                 grammar.take([token])
         self._unheard.clear()
 
+    @torch.inference_mode()
     def upload(self, held: list[tuple[int, int]], slot: Slot) -> frozenset[int]:
         """Copy the masks of a step's held rows, on the current stream, before it samples.
 
