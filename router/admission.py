@@ -11,7 +11,8 @@ import math
 from mili.router.errors import Reason, RequestError
 from mili.router.fair_share import OUTPUT_TOKEN_COST, PROMPT_TOKEN_COST, FairShare
 from mili.router.meter import DecayingSum
-from mili.router.request import FinishReason, Request
+from mili.router.outcome import FinishReason
+from mili.router.request import Request
 from mili.router.scheduler import Scheduler
 
 # Seconds of service without which nothing is known.

@@ -12,7 +12,8 @@ from heapq import heapify, heappop, heappush
 
 from mili.router.admission import retry_after
 from mili.router.errors import Reason
-from mili.router.request import Finish, FinishReason, Request
+from mili.router.outcome import Finish, FinishReason
+from mili.router.request import Request
 
 # Entries of requests that have ended are cleared away when there are twice as many entries as when
 # that was last done, or this many.

@@ -15,8 +15,9 @@ from mili.router.errors import Reason
 from mili.router.fair_share import FairShare
 from mili.router.fleet import Fleet
 from mili.router.ledger import Ledger
+from mili.router.outcome import RequestOutput
 from mili.router.recovery import Homeless
-from mili.router.request import Request, RequestOutput
+from mili.router.request import Request
 from mili.router.siblings import Siblings
 
 

@@ -24,17 +24,12 @@ from mili.router.kv_cache import DEFAULT_CACHE, CacheSettings
 from mili.router.ledger import Ledger
 from mili.router.meters import Meters
 from mili.router.operations import Operations
+from mili.router.outcome import Finish, FinishReason, RequestOutput
+from mili.router.params import GenerationParams
 from mili.router.pipeline import Pipeline
 from mili.router.recorder import Recorder
 from mili.router.recovery import Homeless, judge
-from mili.router.request import (
-    Finish,
-    FinishReason,
-    GenerationParams,
-    Request,
-    RequestOutput,
-    TextOutput,
-)
+from mili.router.request import Request, TextOutput
 from mili.router.scheduler import Scheduler
 from mili.router.siblings import Siblings
 from mili.router.worker_group import WorkerGroup

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 from mili.router.errors import Reason, RequestError
 from mili.router.introspection import Pinned
+from mili.router.params import GenerationParams
 from mili.router.pinboard import Pinboard
 from mili.router.pipeline import Pipeline
 from mili.router.placement import Placement
 from mili.router.recovery import RETRY_AFTER
-from mili.router.request import GenerationParams, Request
+from mili.router.request import Request
 from mili.router.scheduler import Scheduler
 
 # Of the capabilities that a worker may have.

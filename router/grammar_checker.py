@@ -16,7 +16,7 @@ from contextlib import suppress
 from mili.hub.folder import ModelFolder
 from mili.router.errors import Reason, RequestError
 from mili.router.grammar_process import ANSWER, QUESTION, Verdict
-from mili.router.request import Constraint
+from mili.router.params import Constraint
 
 MAX_VERDICTS = 1024
 # Questions that have no answer yet.

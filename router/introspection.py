@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import NamedTuple
 
-from mili.router.request import Timing, Usage
+from mili.router.outcome import Timing, Usage
 
 
 class Load(NamedTuple):

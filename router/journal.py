@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from mili.router.introspection import Explanation, RequestEvent, RequestState
-from mili.router.request import Request, Timing, Usage
+from mili.router.outcome import Timing, Usage
+from mili.router.request import Request
 
 # Ended calls that are remembered, and events of one call: its first and the latest.
 MAX_ENDED = 1000

@@ -11,7 +11,8 @@ from mili.router.introspection import Explanation
 from mili.router.journal import Journal
 from mili.router.meter import Meter
 from mili.router.meters import Meters
-from mili.router.request import Finished, FinishReason, Request, RequestOutput, Started
+from mili.router.outcome import Finished, FinishReason, RequestOutput, Started
+from mili.router.request import Request
 from mili.router.siblings import Siblings
 
 

@@ -27,9 +27,9 @@ from mili.router.config import RouterConfig
 from mili.router.engine import Engine
 from mili.router.kv_cache import CacheSettings
 from mili.router.metrics import RouterCollector, serve_metrics
+from mili.router.outcome import RequestOutput
 from mili.router.parsers.formats import read_formats
 from mili.router.recorder import Recorder, Reel, write
-from mili.router.request import RequestOutput
 from mili.router.tenants import Tenants
 from mili.router.texts import Texts
 from mili.router.tokenizer import Tokenizer

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 from mili.internal.v1.step_pb2 import StepCommand
 from mili.router.errors import Reason
-from mili.router.request import Finished, FinishReason, Request
+from mili.router.outcome import Finished, FinishReason
+from mili.router.request import Request
 
 # Worker groups that are remembered after they were lost. Pods have new names again and again.
 MAX_GROUPS = 256

@@ -17,7 +17,7 @@ from mili.router.fleet import Fleet
 from mili.router.introspection import Explanation, Load, Pinned
 from mili.router.ledger import Ledger
 from mili.router.load import load_of
-from mili.router.request import RequestOutput
+from mili.router.outcome import RequestOutput
 
 Clock = Callable[[], float]
 Tell = Callable[[list[RequestOutput]], None]

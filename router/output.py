@@ -5,9 +5,10 @@ Owns when text may be shown. Does not know why else an output ends, nor who read
 
 from __future__ import annotations
 
+from mili.router.outcome import Finish, FinishReason
 from mili.router.parsed_text import ParsedText
 from mili.router.parsers.output import OutputParser
-from mili.router.request import NOTHING, Finish, FinishReason, Forced
+from mili.router.request import NOTHING, Forced
 from mili.router.stop import StopMatcher
 from mili.router.tokenizer import Tokenizer
 

@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 from mili.internal.v1.step_pb2 import Grammar, Prepare, Prepared
 from mili.router.errors import Reason, RequestError
-from mili.router.request import Constraint, Finish, FinishReason, Request
+from mili.router.outcome import Finish, FinishReason
+from mili.router.params import Constraint
+from mili.router.request import Request
 from mili.router.worker_group import WorkerGroup
 
 # Grammars that stay ready though nobody uses them, as the next request may: between so many and

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from mili.internal.v1.step_pb2 import TASK_GENERATE, RowFault, StepCommand, StepResult
 from mili.router.mask import fields_of
+from mili.router.outcome import Finish, FinishReason
 from mili.router.recorder import Reel
-from mili.router.request import NOTHING, Finish, FinishReason, Forced, Request
+from mili.router.request import NOTHING, Forced, Request
 from mili.router.scheduler import Scheduler
 from mili.router.snapshot import Cell, Tokens, thaw
 from mili.router.tape import Arrival, Call, Named, StepDone, outcome_of

@@ -28,9 +28,10 @@ from mili.internal.v1.step_pb2 import TASK_GENERATE, RowFaultKind, StepCommand, 
 from mili.router.fair_share import FairShare
 from mili.router.kv_cache import DEFAULT_CACHE, CacheSettings, KVCacheManager
 from mili.router.limits import Limits
+from mili.router.outcome import Finish, FinishReason
 from mili.router.pace import Pace
 from mili.router.queue import Key, Line, WaitingQueue
-from mili.router.request import Finish, FinishReason, Request
+from mili.router.request import Request
 from mili.router.step_cost import chunk_pairs
 from mili.router.step_plan import Scheduled, StepInFlight, StepPlan
 from mili.router.tape import Tape, recorded

@@ -18,7 +18,8 @@ from dataclasses import replace
 
 from mili.internal.v1.step_pb2 import Sampling
 from mili.router.fair_share import PROMPT_TOKEN_COST
-from mili.router.request import Finished, Request, Timing, Usage
+from mili.router.outcome import Finished, Timing, Usage
+from mili.router.request import Request
 
 _SEED_BITS = 0xFFFFFFFF
 # 2^32 over the golden ratio, odd: no two sequences of a call have the same multiple of it.

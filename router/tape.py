@@ -15,7 +15,9 @@ from typing import Any, Concatenate, NamedTuple, ParamSpec, Protocol, TypeVar
 
 from mili.internal.v1.step_pb2 import StepCommand, StepResult
 from mili.router.fair_share import Account, Balance, FairShare
-from mili.router.request import Finish, FinishReason, GenerationParams, Request
+from mili.router.outcome import Finish, FinishReason
+from mili.router.params import GenerationParams
+from mili.router.request import Request
 from mili.router.snapshot import Cell, Fields, Tokens, freeze
 
 # Tokens that a tape may keep alive before it begins anew: 16 MiB of them.

@@ -6,9 +6,10 @@ Owns what a prompt says about its output's beginning. Does not know who reads th
 from __future__ import annotations
 
 from mili.router.output import DetokenizedOutput, ParsedOutput
+from mili.router.params import GenerationParams
 from mili.router.parsers.formats import Formats
 from mili.router.parsers.output import OutputParser
-from mili.router.request import Forced, GenerationParams, TextOutput
+from mili.router.request import Forced, TextOutput
 from mili.router.tokenizer import Tokenizer
 
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from mili.internal.v1.step_pb2 import Sampling
 from mili.router.cache_memory import Miss
 from mili.router.kv_cache import CacheSettings, KVCacheManager, Usage
+from mili.router.params import GenerationParams
 from mili.router.radix_tree import TENANT_BYTES, Node
-from mili.router.request import GenerationParams, Request
+from mili.router.request import Request
 
 ANNA, BERT = b"a" * TENANT_BYTES, b"b" * TENANT_BYTES
 NAMESPACES = (ANNA, ANNA, ANNA + b"salt", BERT)

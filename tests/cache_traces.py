@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from mili.internal.v1.step_pb2 import Sampling
 from mili.router.kv_cache import KVCacheManager
-from mili.router.request import GenerationParams, Request
+from mili.router.params import GenerationParams
+from mili.router.request import Request
 
 BLOCK_SIZE = 16
 

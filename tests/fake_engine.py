@@ -24,17 +24,17 @@ from mili.router.api.server import ApiServer
 from mili.router.config import RouterConfig
 from mili.router.errors import Reason, RequestError
 from mili.router.introspection import Explanation, Load, Pinned
-from mili.router.readings import Readings, TokenLogprobs
-from mili.router.request import (
+from mili.router.outcome import (
     Finish,
     Finished,
     FinishReason,
-    GenerationParams,
     RequestOutput,
     Started,
     Timing,
     Usage,
 )
+from mili.router.params import GenerationParams
+from mili.router.readings import Readings, TokenLogprobs
 from mili.router.tenants import Tenants
 from mili.router.tokenizer import Tokenizer
 

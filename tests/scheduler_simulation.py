@@ -15,8 +15,10 @@ from typing import Any
 from mili.internal.v1.step_pb2 import TASK_EMBED, TASK_GENERATE, TASK_SCORE, Sampling, StepResult
 from mili.router.errors import Reason
 from mili.router.kv_cache import CacheSettings
+from mili.router.outcome import Finish, FinishReason
+from mili.router.params import GenerationParams, Scheduling
 from mili.router.readings import Readings
-from mili.router.request import Finish, FinishReason, Forced, GenerationParams, Scheduling
+from mili.router.request import Forced
 from tests.fake_worker import (
     EOS,
     FakeModel,

@@ -18,13 +18,8 @@ from mili.internal.v1.step_pb2 import Sampling, StepCommand, StepResult
 from mili.router.engine import Engine
 from mili.router.errors import Reason, RequestError
 from mili.router.limits import Limits
-from mili.router.request import (
-    ORDINARY,
-    FinishReason,
-    GenerationParams,
-    RequestOutput,
-    Scheduling,
-)
+from mili.router.outcome import FinishReason, RequestOutput
+from mili.router.params import ORDINARY, GenerationParams, Scheduling
 
 WORD, EOS = 7, 1
 # From the router to a worker, and back: seconds.

@@ -12,7 +12,7 @@ from collections import deque
 from mili.router.api.stream import Stream, Unread
 from mili.router.api.stream_options import Flush
 from mili.router.errors import RequestError
-from mili.router.request import RequestOutput
+from mili.router.outcome import RequestOutput
 
 
 class CoalescedStream(Stream):

@@ -23,8 +23,8 @@ from mili.router.api.status import Context
 from mili.router.api.stream import Gathered
 from mili.router.api.supported import check_supported
 from mili.router.errors import Reason, RequestError
+from mili.router.params import GenerationParams, Scheduling
 from mili.router.quotas import Quotas
-from mili.router.request import GenerationParams, Scheduling
 from mili.v1 import embedding_pb2 as pb
 from mili.v1 import embedding_pb2_grpc, inference_pb2
 

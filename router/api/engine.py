@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from mili.router.introspection import Explanation, Load, Pinned
-from mili.router.request import GenerationParams
+from mili.router.params import GenerationParams
 
 
 class Operations(Protocol):

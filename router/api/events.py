@@ -12,7 +12,7 @@ from mili.router.api.logprobs import output_logprobs, prompt_logprobs, prompt_pi
 from mili.router.api.status import clip, code_number, duration
 from mili.router.api.stream import Gathered
 from mili.router.api.texts import fill_text
-from mili.router.request import Finish, Finished, FinishReason, Recovery, Started, Timing, Usage
+from mili.router.outcome import Finish, Finished, FinishReason, Recovery, Started, Timing, Usage
 from mili.v1 import inference_pb2 as pb
 
 

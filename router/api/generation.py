@@ -19,9 +19,9 @@ from mili.router.api.sampling import (
 )
 from mili.router.api.structured import check_structured_output
 from mili.router.errors import Reason, RequestError
+from mili.router.params import Constraint, GenerationParams, Scheduling
 from mili.router.parsers.formats import Formats
 from mili.router.readings import MAX_ALTERNATIVES
-from mili.router.request import Constraint, GenerationParams, Scheduling
 from mili.v1 import inference_pb2 as pb
 
 _MAX_STOP_SEQUENCES = 64

@@ -13,8 +13,8 @@ from google.protobuf.message import Message
 
 from mili.router.api.stream_options import StreamOptions
 from mili.router.errors import Reason, RequestError
+from mili.router.params import Scheduling
 from mili.router.quotas import Account
-from mili.router.request import Scheduling
 from mili.router.tenants import Tenant
 from mili.v1 import inference_pb2 as pb
 

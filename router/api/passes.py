@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from mili.router.api.events import check_success
 from mili.router.api.stream import Gathered
 from mili.router.api.streams import Streams
-from mili.router.request import GenerationParams, Usage
+from mili.router.outcome import Usage
+from mili.router.params import GenerationParams
 
 # Requests of one call in the engine: enough to fill a step, and few beside a queue.
 _AT_ONCE = 64

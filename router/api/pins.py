@@ -17,7 +17,7 @@ from mili.router.api.sampling import check_token_ids
 from mili.router.api.streams import Streams
 from mili.router.errors import Reason, RequestError
 from mili.router.introspection import Pinned
-from mili.router.request import GenerationParams, Scheduling
+from mili.router.params import GenerationParams, Scheduling
 from mili.router.tenants import Tenant
 from mili.v1.admin_pb2 import PinPrefixRequest
 

@@ -9,7 +9,7 @@ import math
 
 from mili.router.api.durations import to_positive_seconds
 from mili.router.errors import Reason, RequestError
-from mili.router.request import Scheduling
+from mili.router.params import Scheduling
 from mili.router.tenants import GREATEST_PRIORITY, LEAST_PRIORITY, Tenant
 from mili.v1 import inference_pb2 as pb
 

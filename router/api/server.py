@@ -36,8 +36,8 @@ from mili.router.api.tokenizer_service import TokenizerService
 from mili.router.chat_template import ChatTemplate
 from mili.router.config import RouterConfig
 from mili.router.errors import Reason
+from mili.router.outcome import RequestOutput
 from mili.router.quotas import Quotas
-from mili.router.request import RequestOutput
 from mili.router.tenants import Tenants
 from mili.router.tokenizer import Tokenizer
 from mili.v1 import (

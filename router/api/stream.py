@@ -11,9 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from mili.router.errors import RequestError
-from mili.router.parsed_text import Text, join
-from mili.router.readings import Readings
-from mili.router.request import (
+from mili.router.outcome import (
     Finish,
     Finished,
     FinishReason,
@@ -23,6 +21,8 @@ from mili.router.request import (
     Timing,
     Usage,
 )
+from mili.router.parsed_text import Text, join
+from mili.router.readings import Readings
 
 _NOTHING_USED = Usage(0, 0, 0, 0)
 _NO_TIME = Timing(0.0, 0.0, 0.0, 0.0, 0.0, 0, 0, "")

@@ -15,7 +15,8 @@ from mili.router.api.pacing import Pacer
 from mili.router.api.stream import Stream
 from mili.router.api.stream_options import Flush
 from mili.router.errors import Reason, RequestError
-from mili.router.request import Finish, FinishReason, GenerationParams, RequestOutput
+from mili.router.outcome import Finish, FinishReason, RequestOutput
+from mili.router.params import GenerationParams
 
 # Of so many ended requests the ids are remembered, to tell "ended" from "never seen".
 _REMEMBERED = 4096

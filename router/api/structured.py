@@ -16,7 +16,7 @@ from mili.internal.v1.step_pb2 import (
 )
 from mili.router.errors import Reason, RequestError
 from mili.router.grammar_checker import GrammarChecker
-from mili.router.request import Constraint
+from mili.router.params import Constraint
 from mili.router.tokenizer import Tokenizer
 from mili.v1 import inference_pb2 as pb
 

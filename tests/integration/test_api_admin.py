@@ -18,7 +18,7 @@ from mili.router.api.admin import WorkerStatus
 from mili.router.api.server import ApiServer
 from mili.router.errors import Reason
 from mili.router.introspection import Explanation, Load, RequestEvent, RequestState
-from mili.router.request import Finish, FinishReason, Timing, Usage
+from mili.router.outcome import Finish, FinishReason, Timing, Usage
 from mili.router.tenants import Tenant, Tenants
 from mili.router.worker_group import WorkerState
 from mili.v1 import admin_pb2 as pb

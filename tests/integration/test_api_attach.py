@@ -18,7 +18,7 @@ from grpc_status import rpc_status
 
 from mili.router.api.server import ApiServer
 from mili.router.errors import Reason
-from mili.router.request import Finish, FinishReason, Recovery, RequestOutput
+from mili.router.outcome import Finish, FinishReason, Recovery, RequestOutput
 from mili.router.tenants import Tenant, Tenants
 from mili.v1 import inference_pb2 as pb
 from mili.v1 import inference_pb2_grpc

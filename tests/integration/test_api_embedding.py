@@ -17,7 +17,7 @@ from grpc_status import rpc_status
 from mili.internal.v1.step_pb2 import TASK_EMBED, TASK_SCORE
 from mili.router.api.server import ApiServer
 from mili.router.errors import Reason
-from mili.router.request import Finish, FinishReason
+from mili.router.outcome import Finish, FinishReason
 from mili.v1 import embedding_pb2 as pb
 from mili.v1 import embedding_pb2_grpc, inference_pb2, inference_pb2_grpc
 from tests.fake_engine import CONTEXT_LIMIT, FakeEngine, make_folder, refuse_with, running_api

@@ -17,7 +17,7 @@ from grpc_status import rpc_status
 
 from mili.router.api.server import ApiServer
 from mili.router.errors import Reason, RequestError
-from mili.router.request import Finish, FinishReason
+from mili.router.outcome import Finish, FinishReason
 from mili.v1 import inference_pb2 as pb
 from mili.v1 import inference_pb2_grpc
 from tests.fake_engine import FakeEngine, letter, make_folder, refuse_with, running_api

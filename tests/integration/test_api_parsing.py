@@ -16,8 +16,10 @@ from tokenizers import Tokenizer as Backend
 from mili.hub.folder import ModelFolder, read_model_folder
 from mili.router.ledger import Ledger
 from mili.router.meters import Meters
+from mili.router.outcome import Usage
+from mili.router.params import GenerationParams
 from mili.router.parsers.formats import read_formats
-from mili.router.request import GenerationParams, Request, Usage
+from mili.router.request import Request
 from mili.router.siblings import Siblings
 from mili.router.texts import Texts
 from mili.router.tokenizer import Tokenizer

@@ -11,7 +11,7 @@ import grpc
 import pytest
 
 from mili.router.errors import Reason, RequestError
-from mili.router.request import Finish, Finished, FinishReason, RequestOutput, Timing, Usage
+from mili.router.outcome import Finish, Finished, FinishReason, RequestOutput, Timing, Usage
 from mili.v1 import inference_pb2 as pb
 from mili.v1.inference_pb2_grpc import InferenceServiceStub
 from tests.fake_engine import FakeEngine, letter, make_folder, running_api

@@ -16,7 +16,7 @@ from grpc import aio
 from grpc_status import rpc_status
 
 from mili.router.api.server import ApiServer
-from mili.router.request import Finish, FinishReason, RequestOutput
+from mili.router.outcome import Finish, FinishReason, RequestOutput
 from mili.v1 import inference_pb2 as pb
 from mili.v1 import inference_pb2_grpc
 from tests.fake_engine import FakeEngine, make_folder, running_api

@@ -22,8 +22,9 @@ from grpc_status import rpc_status
 from mili.client import AsyncClient, InvalidRequest, NotAllowed, NotFound, Overloaded
 from mili.router.api.server import ApiServer
 from mili.router.errors import Reason
+from mili.router.outcome import Finish, FinishReason
+from mili.router.params import GenerationParams
 from mili.router.quotas import Account
-from mili.router.request import Finish, FinishReason, GenerationParams
 from mili.router.tenants import Tenant, Tenants
 from mili.v1 import inference_pb2 as pb
 from mili.v1 import inference_pb2_grpc, model_pb2, model_pb2_grpc

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from mili.hub.folder import ModelFolder
 from mili.router.main import prefer_the_loop
-from mili.router.request import GenerationParams
+from mili.router.params import GenerationParams
 from mili.v1 import inference_pb2 as pb
 from mili.v1 import model_pb2
 from mili.v1.inference_pb2_grpc import InferenceServiceStub

@@ -13,7 +13,7 @@ import argparse
 import random
 from typing import NamedTuple
 
-from mili.router.request import Scheduling
+from mili.router.params import Scheduling
 from tests.performance.bench_overload import WARM_UP, capacity
 from tests.virtual_cluster import Call, VirtualCluster, percentile, poisson, random_call
 

@@ -22,7 +22,8 @@ from mili.router.block_pool import Allocation, BlockPool, runs
 from mili.router.cache_memory import CacheMemory
 from mili.router.kv_cache import CacheSettings, KVCacheManager
 from mili.router.limits import Limits
-from mili.router.request import GenerationParams, Request
+from mili.router.params import GenerationParams
+from mili.router.request import Request
 from mili.router.scheduler import Scheduler
 from tests.cache_traces import (
     BLOCK_SIZE,

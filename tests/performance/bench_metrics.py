@@ -18,7 +18,9 @@ from mili.router.errors import Reason
 from mili.router.limits import Limits
 from mili.router.meters import Meters
 from mili.router.metrics import RouterCollector, serve_metrics
-from mili.router.request import FinishReason, GenerationParams, Request
+from mili.router.outcome import FinishReason
+from mili.router.params import GenerationParams
+from mili.router.request import Request
 from mili.router.scheduler import Scheduler
 from tests.serving import free_port
 

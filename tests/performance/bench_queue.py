@@ -11,8 +11,9 @@ from collections.abc import Callable
 from mili.internal.v1.step_pb2 import Sampling, StepResult
 from mili.router.fair_share import FairShare
 from mili.router.limits import Limits
+from mili.router.params import GenerationParams, Scheduling
 from mili.router.queue import WaitingQueue
-from mili.router.request import GenerationParams, Request, Scheduling
+from mili.router.request import Request
 from mili.router.scheduler import Scheduler
 
 ROWS = 256

@@ -16,9 +16,10 @@ from statistics import median
 from mili.internal.v1.step_pb2 import Sampling, StepResult
 from mili.router.limits import Limits
 from mili.router.main import GC_THRESHOLD
+from mili.router.params import GenerationParams
 from mili.router.recorder import Recorder, read, write
 from mili.router.replay import replay
-from mili.router.request import GenerationParams, Request
+from mili.router.request import Request
 from mili.router.scheduler import Scheduler
 
 ROWS, BLOCK_SIZE, CONTEXT = 256, 16, 4096

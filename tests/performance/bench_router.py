@@ -36,7 +36,8 @@ from rich.table import Table
 
 from mili.internal.v1.step_pb2 import Sampling, StepCommand, StepResult
 from mili.router.limits import Limits
-from mili.router.request import GenerationParams, Request
+from mili.router.params import GenerationParams
+from mili.router.request import Request
 from mili.router.scheduler import Scheduler
 from tests.fake_engine import VOCAB_SIZE, make_folder
 from tests.performance.bench_server import environment

@@ -17,7 +17,8 @@ from typing import NamedTuple
 from mili.internal.v1.step_pb2 import Sampling, StepCommand, StepResult
 from mili.router.engine import Engine
 from mili.router.limits import Limits
-from mili.router.request import GenerationParams, RequestOutput, Scheduling
+from mili.router.outcome import RequestOutput
+from mili.router.params import GenerationParams, Scheduling
 
 CONTEXT_LIMIT = 32_768
 

@@ -11,14 +11,9 @@ from collections import deque
 from dataclasses import replace
 
 from mili.router.errors import Reason, RequestError
+from mili.router.outcome import Finish, Finished, FinishReason, RequestOutput
+from mili.router.params import GenerationParams
 from mili.router.recovery import MAX_DEATHS, MAX_STRIKES
-from mili.router.request import (
-    Finish,
-    Finished,
-    FinishReason,
-    GenerationParams,
-    RequestOutput,
-)
 from tests.fake_worker import FakeModel
 from tests.scheduler_simulation import Heard, expected, sequence_id, sequences
 from tests.simulation.router_process import LETTERS, Executing, RouterProcess

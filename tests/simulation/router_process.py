@@ -13,7 +13,8 @@ from mili.internal.v1.step_pb2 import Prepared, StepResult, WorkerFrame
 from mili.router.engine import Deliver, Engine
 from mili.router.kv_cache import CacheSettings
 from mili.router.output import DetokenizedOutput
-from mili.router.request import GenerationParams, TextOutput
+from mili.router.params import GenerationParams
+from mili.router.request import TextOutput
 from mili.router.scheduler import Scheduler
 from mili.router.workers import WorkerGroup, Workers
 from tests.simulation.network import Network

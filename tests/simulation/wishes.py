@@ -20,7 +20,7 @@ from mili.internal.v1.step_pb2 import (
     TASK_SCORE,
     Sampling,
 )
-from mili.router.request import Constraint, GenerationParams, Scheduling
+from mili.router.params import Constraint, GenerationParams, Scheduling
 from tests.fake_worker import EOS, seed_of
 from tests.simulation.worker_process import DEADLY_TOP_K, MAX_MODEL_LEN
 

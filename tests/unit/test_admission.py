@@ -8,7 +8,7 @@ import pytest
 
 from mili.router.admission import LEAST_RETRY, MOST_RETRY, ServiceRate, retry_after
 from mili.router.errors import Reason
-from mili.router.request import Scheduling
+from mili.router.params import Scheduling
 from tests.performance.bench_overload import capacity, measure, recovery
 from tests.virtual_cluster import Call, VirtualCluster, poisson, random_call
 

@@ -12,15 +12,8 @@ from mili.router.api.stream import Stream
 from mili.router.api.stream_options import Flush, StreamOptions, to_stream_options
 from mili.router.api.streams import Streams
 from mili.router.errors import Reason, RequestError
-from mili.router.request import (
-    Finish,
-    Finished,
-    FinishReason,
-    GenerationParams,
-    RequestOutput,
-    Timing,
-    Usage,
-)
+from mili.router.outcome import Finish, Finished, FinishReason, RequestOutput, Timing, Usage
+from mili.router.params import GenerationParams
 from mili.v1 import inference_pb2 as pb
 from tests.fake_engine import FakeEngine
 

@@ -12,7 +12,8 @@ from mili.router.api.generation import Defaults, check_generation, read_defaults
 from mili.router.api.sampling import MAX_BIASES
 from mili.router.errors import Reason, RequestError
 from mili.router.introspection import RequestState
-from mili.router.request import FinishReason, GenerationParams, Scheduling
+from mili.router.outcome import FinishReason
+from mili.router.params import GenerationParams, Scheduling
 from mili.router.worker_group import WorkerState
 from mili.v1 import admin_pb2
 from mili.v1 import inference_pb2 as pb

@@ -19,7 +19,8 @@ from mili.router.api.stream import Gathered
 from mili.router.api.stream_options import Flush
 from mili.router.api.streams import Streams
 from mili.router.errors import Reason, RequestError
-from mili.router.request import Finish, FinishReason, GenerationParams, RequestOutput
+from mili.router.outcome import Finish, FinishReason, RequestOutput
+from mili.router.params import GenerationParams
 from mili.v1 import inference_pb2 as pb
 from tests.fake_engine import FakeEngine, letter, refuse_with
 

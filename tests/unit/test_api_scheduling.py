@@ -10,7 +10,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from mili.router.api.scheduling import to_cache_namespace, to_scheduling
 from mili.router.errors import Reason, RequestError
-from mili.router.request import Scheduling
+from mili.router.params import Scheduling
 from mili.router.tenants import EVERYONE, Tenant
 from mili.v1 import inference_pb2 as pb
 

@@ -11,7 +11,8 @@ from mili.internal.v1.step_pb2 import Sampling
 from mili.router.api.stream import Stream
 from mili.router.api.streams import Streams
 from mili.router.errors import Reason, RequestError
-from mili.router.request import FinishReason, GenerationParams, RequestOutput
+from mili.router.outcome import FinishReason, RequestOutput
+from mili.router.params import GenerationParams
 from tests.fake_engine import FakeEngine
 
 PARAMS = GenerationParams(prompt_token_ids=[1, 2], sampling=Sampling(seed=1), max_tokens=4)

@@ -7,7 +7,9 @@ import pytest
 from mili.internal.v1.step_pb2 import Sampling
 from mili.router.deadlines import FEW, Deadlines
 from mili.router.errors import Reason
-from mili.router.request import Finish, FinishReason, GenerationParams, Request, Scheduling
+from mili.router.outcome import Finish, FinishReason
+from mili.router.params import GenerationParams, Scheduling
+from mili.router.request import Request
 from tests.virtual_cluster import Call, StepCost, VirtualCluster
 
 

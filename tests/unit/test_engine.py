@@ -23,16 +23,11 @@ from mili.router.engine import Engine
 from mili.router.errors import Reason, RequestError
 from mili.router.introspection import RequestState
 from mili.router.limits import Limits
+from mili.router.outcome import Finished, FinishReason, RequestOutput
+from mili.router.params import Constraint, GenerationParams
 from mili.router.pipeline import DEEP, SHALLOW, SHORT_STEP
 from mili.router.preparation import MAX_UNUSED
 from mili.router.recovery import MAX_DEATHS
-from mili.router.request import (
-    Constraint,
-    Finished,
-    FinishReason,
-    GenerationParams,
-    RequestOutput,
-)
 from tests.fake_worker import EOS, FakeModel, FakeWorker, seed_of
 from tests.scheduler_simulation import expected, sequence_id, sequences
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mili.router.errors import Reason
-from mili.router.request import Recovery
+from mili.router.outcome import Recovery
 from tests.fake_worker import FakeModel
 from tests.unit.test_engine import LONG, Harness, params
 

@@ -7,7 +7,7 @@ import random
 from mili.router.engine import Engine
 from mili.router.introspection import RequestState
 from mili.router.journal import MAX_ENDED, MAX_EVENTS, Journal
-from mili.router.request import Finish, FinishReason
+from mili.router.outcome import Finish, FinishReason
 from mili.v1 import admin_pb2
 from tests.unit.test_deadlines import busy_cluster, make_request
 from tests.virtual_cluster import LIMITS, Call, VirtualCluster, random_call

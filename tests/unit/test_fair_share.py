@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mili.router.fair_share import FairShare
-from mili.router.request import Scheduling
+from mili.router.params import Scheduling
 from tests.performance.bench_fairness import measure
 from tests.virtual_cluster import Call, VirtualCluster
 

@@ -21,7 +21,7 @@ from mili.router import grammar_checker
 from mili.router.errors import Reason, RequestError
 from mili.router.grammar_checker import GrammarChecker
 from mili.router.grammar_process import ANSWER, QUESTION, Verdict
-from mili.router.request import Constraint
+from mili.router.params import Constraint
 from tests.fake_engine import make_folder
 
 FIELD = "generation.structured_output.regex"

@@ -12,7 +12,8 @@ from mili.router.cache_memory import Miss
 from mili.router.config import RouterConfig
 from mili.router.kv_cache import CacheSettings, KVCacheManager
 from mili.router.limits import Limits
-from mili.router.request import GenerationParams, Request
+from mili.router.params import GenerationParams
+from mili.router.request import Request
 from mili.router.scheduler import Scheduler
 from tests.cache_model import ANNA, BERT, CacheHistory
 from tests.cache_traces import (

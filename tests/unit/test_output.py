@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mili.router.outcome import Finish, FinishReason
 from mili.router.output import DetokenizedOutput
-from mili.router.request import Finish, FinishReason
 from mili.router.tokenizer import Tokenizer
 from tests.tokenizer_folders import byte_level, every_kind, model_folder, smollm2_folder
 

@@ -10,7 +10,8 @@ import pytest
 from mili.internal.v1.step_pb2 import Sampling, StepCommand, StepResult
 from mili.router.limits import Limits
 from mili.router.pace import LEAST_CHUNK
-from mili.router.request import GenerationParams, Request
+from mili.router.params import GenerationParams
+from mili.router.request import Request
 from mili.router.scheduler import Scheduler
 from tests.performance.bench_itl import CROWDED, GOAL, MIXED, Load, run
 from tests.performance.virtual_groups import quantile

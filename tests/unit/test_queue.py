@@ -8,8 +8,9 @@ import pytest
 
 from mili.internal.v1.step_pb2 import Sampling
 from mili.router.fair_share import FairShare
+from mili.router.params import GenerationParams, Scheduling
 from mili.router.queue import WaitingQueue
-from mili.router.request import GenerationParams, Request, Scheduling
+from mili.router.request import Request
 
 
 class Hall:

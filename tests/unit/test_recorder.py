@@ -15,9 +15,11 @@ from mili.router import scheduler
 from mili.router.fair_share import FairShare
 from mili.router.limits import Limits
 from mili.router.mask import Mask
+from mili.router.outcome import Finish, FinishReason
+from mili.router.params import GenerationParams, Scheduling
 from mili.router.recorder import Recorder, Reel, read, write
 from mili.router.replay import replay
-from mili.router.request import Finish, FinishReason, GenerationParams, Request, Scheduling
+from mili.router.request import Request
 from mili.router.scheduler import Scheduler
 from mili.router.snapshot import Cell
 from tests.scheduler_simulation import Simulation

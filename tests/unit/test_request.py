@@ -5,8 +5,9 @@ from __future__ import annotations
 from array import array
 
 from mili.internal.v1.step_pb2 import Sampling
+from mili.router.params import GenerationParams
 from mili.router.readings import TokenLogprobs
-from mili.router.request import NEVER, GenerationParams, Request
+from mili.router.request import NEVER, Request
 
 
 def piece(first: int, count: int) -> TokenLogprobs:
@@ -18,7 +19,9 @@ def piece(first: int, count: int) -> TokenLogprobs:
 
 def test_scored_positions_that_two_admissions_read_are_told_once() -> None:
     """A step that was in flight at a preemption reads what the next admission reads again."""
-    params = GenerationParams([1] * 12, Sampling(), max_tokens=9, num_prompt_logprobs=1, score_from=3)
+    params = GenerationParams(
+        [1] * 12, Sampling(), max_tokens=9, num_prompt_logprobs=1, score_from=3
+    )
     request = Request("r", params, context_limit=40)
     for first, count in ((3, 4), (3, 2), (5, 5), (10, 2)):
         request.score(piece(first, count))

@@ -12,7 +12,8 @@ import pytest
 from mili.internal.v1.step_pb2 import Sampling, StepResult
 from mili.router import scheduler
 from mili.router.limits import Limits
-from mili.router.request import GenerationParams, Request
+from mili.router.params import GenerationParams
+from mili.router.request import Request
 from tests.scheduler_simulation import Simulation
 
 ROUTER = Path(__file__).parents[2] / "router"
@@ -24,6 +25,8 @@ CORE = (
     "radix_tree",
     "fair_share",
     "readings",
+    "outcome",
+    "params",
     "request",
     "queue",
     "step_plan",
@@ -48,8 +51,9 @@ def load_core(changes: dict[str, tuple[str, str]] | None = None) -> SimpleNamesp
             loaded = ModuleType(name)
             sys.modules[name] = loaded
             exec(compile(source, str(path), "exec"), loaded.__dict__)
-        limits, request, scheduler = (
-            sys.modules[f"mili.router.{module}"] for module in ("limits", "request", "scheduler")
+        limits, outcome, request, scheduler = (
+            sys.modules[f"mili.router.{module}"]
+            for module in ("limits", "outcome", "request", "scheduler")
         )
     finally:
         for name, original in originals.items():
@@ -61,8 +65,8 @@ def load_core(changes: dict[str, tuple[str, str]] | None = None) -> SimpleNamesp
         Scheduler=scheduler.Scheduler,
         Limits=limits.Limits,
         Request=request.Request,
-        Finish=request.Finish,
-        FinishReason=request.FinishReason,
+        Finish=outcome.Finish,
+        FinishReason=outcome.FinishReason,
     )
 
 

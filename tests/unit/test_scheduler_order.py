@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from mili.internal.v1.step_pb2 import Sampling, StepCommand, StepResult
 from mili.router.limits import Limits
-from mili.router.request import GenerationParams, Request, Scheduling
+from mili.router.params import GenerationParams, Scheduling
+from mili.router.request import Request
 from mili.router.scheduler import Scheduler
 
 LIMITS = Limits(

@@ -8,7 +8,8 @@ import pytest
 
 from mili.internal.v1.step_pb2 import Sampling
 from mili.router.errors import Reason, RequestError
-from mili.router.request import Finished, FinishReason, GenerationParams, Scheduling
+from mili.router.outcome import Finished, FinishReason
+from mili.router.params import GenerationParams, Scheduling
 from mili.router.siblings import sequence_seed
 from tests.fake_worker import EOS, FakeModel
 from tests.scheduler_simulation import sequence_id, sequences
