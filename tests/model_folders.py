@@ -6,6 +6,7 @@ Owns the shapes and the tiny tokenizer. Does not know who reads the folders.
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,10 +93,31 @@ def _draw(name: str, parameter: torch.Tensor) -> None:
         parameter.normal_(std=2.0 / parameter.shape[-1] ** 0.5)
 
 
-def write_tokenizer(path: Path) -> None:
-    """Write a tokenizer of the 256 bytes and three special tokens, with a ChatML template."""
+def _made_up_words(alphabet: list[str], count: int) -> list[tuple[str, str]]:
+    """Pairs to merge: most are words of a few letters, many of which begin with a space."""
+    source = random.Random(0)
+    letters = [*"etaoinshrdlucmfwypvbgkjqxz" * 4, *(piece for piece in alphabet if piece < "\x7f")]
+    known, pairs = set(alphabet), []
+    words = [*letters, *["Ġ"] * 30]
+    while len(pairs) < count:
+        pair = source.choice(words), source.choice(letters)
+        word = "".join(pair)
+        if word not in known and len(word) <= 12:
+            known.add(word)
+            words.append(word)
+            pairs.append(pair)
+    return pairs
+
+
+def write_tokenizer(path: Path, num_merges: int = 0) -> None:
+    """Write a tokenizer of the 256 bytes and three special tokens, with a ChatML template.
+
+    num_merges: made-up words that it knows besides, each put together from two shorter ones.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    merges = _made_up_words(alphabet, num_merges)
+    pieces = [*alphabet, *(one + other for one, other in merges)]
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(pieces)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))

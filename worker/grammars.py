@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -80,32 +81,32 @@ class RowGrammar:
 class Grammars:
     """Of one model. `rows` has the state of each row that is held to a grammar.
 
-    Reads the tokenizer when it is made, which takes a second where there are 150,000 tokens. With
-    one that llguidance cannot use no grammar is ever ready, and `capabilities` is empty.
+    Begins to read the tokenizer when it is made, which takes a second where there are 150,000
+    tokens. With one that llguidance cannot use no grammar is ever ready, and `capabilities` is
+    empty.
     """
 
     def __init__(self, folder: ModelFolder) -> None:
         eos_token_ids = folder.generation.eos_token_ids
-        self._compiler: GrammarCompiler | None = None
-        self._problem = ""
-        try:
-            self._compiler = GrammarCompiler(
-                folder.tokenizer_path, folder.vocab_size, eos_token_ids
-            )
-        except ValueError as error:
-            self._problem = str(error)
-            log.warning("outputs cannot be held to a grammar", reason=self._problem)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+        self._compiler = self._thread.submit(
+            _make_compiler, folder.tokenizer_path, folder.vocab_size, eos_token_ids
+        )
         self.num_words = -(-folder.vocab_size // 32)
         self._eos_token_ids = frozenset(eos_token_ids)
         self._open_mask = np.full(self.num_words, -1, np.int32)
         for token_id in eos_token_ids:
             self._open_mask.view(np.uint32)[token_id // 32] &= ~np.uint32(1 << token_id % 32)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self.reset()
+
+    def wait(self) -> None:
+        """Until the tokenizer is read."""
+        self._compiler.result()
 
     @property
     def capabilities(self) -> Sequence[str]:
-        return [CAPABILITY] if self._compiler else []
+        """Waits, too."""
+        return [CAPABILITY] if isinstance(self._compiler.result(), GrammarCompiler) else []
 
     def reset(self) -> None:
         """Forget everything: a new epoch begins, and gives its own numbers."""
@@ -116,11 +117,10 @@ class Grammars:
         """Make a grammar ready, on a thread of its own that then replies; or release one."""
         if prepare.release:
             self._ready.pop(prepare.id, None)
-        elif self._compiler is None or not prepare.HasField("grammar"):
-            error = self._problem or "this worker has no adapters"
-            reply(Prepared(id=prepare.id, error=error))
+        elif not prepare.HasField("grammar"):
+            reply(Prepared(id=prepare.id, error="this worker has no adapters"))
         else:
-            arguments = (self._compiler, self._ready, prepare.id, prepare.grammar, reply)
+            arguments = (self._compiler.result(), self._ready, prepare.id, prepare.grammar, reply)
             self._thread.submit(_prepare, *arguments)
 
     def admit(self, admissions: Iterable[Admission]) -> None:
@@ -143,12 +143,29 @@ class Grammars:
         return row in self.rows and self.rows[row].has_failed
 
 
+def _make_compiler(
+    tokenizer: Path, vocab_size: int, eos_token_ids: Sequence[int]
+) -> GrammarCompiler | ValueError:
+    """Return why there is none where there can be none."""
+    try:
+        return GrammarCompiler(tokenizer, vocab_size, eos_token_ids)
+    except ValueError as error:
+        log.warning("outputs cannot be held to a grammar", reason=str(error))
+        return error
+
+
 def _prepare(
-    compiler: GrammarCompiler, ready: dict[int, _Ready], number: int, grammar: Grammar, reply: Reply
+    compiler: GrammarCompiler | ValueError,
+    ready: dict[int, _Ready],
+    number: int,
+    grammar: Grammar,
+    reply: Reply,
 ) -> None:
     """ready: of the epoch that asked; nobody looks into that of another."""
     error = ""
     try:
+        if isinstance(compiler, ValueError):
+            raise compiler
         matcher = compiler.compile(GrammarKind(grammar.kind), grammar.source)
         ready[number] = _Ready(matcher, tuple(grammar.start_after_token_ids))
     except (GrammarError, ValueError) as problem:

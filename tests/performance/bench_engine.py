@@ -1,15 +1,18 @@
 """The speed of `mili serve` with random weights, seen from clients: the table of performance.md.
 
     python -m tests.performance.bench_engine --model qwen3-8b [--model qwen3-0.6b] [--quick]
-        [--only decode,prefill,start] [--cold] [--runs N] [--out FOLDER] [flags of mili serve]
+        [--only decode,prefill,structured,start] [--cold] [--runs N] [--out FOLDER]
+        [flags of mili serve]
 
 Prompts are random ids, drawn afresh for every run; greedy, ignore_eos; token ids in and out over
 gRPC, from four client processes on the same machine (one stream: one of them).
 
 "step" is (time for 129 tokens - time for 1 token) / 128, all sequences started together; "gap"
 beside it is the median time between tokens that a client sees while all sequences decode, and must
-agree within 5 %. Each figure is the median of its runs after one that does not count; slow rows
-stop at fewer than 5, when their share of the time is used up, and the table says at how many.
+agree within 5 %. "structured" is such gaps, in turns: of 64 free streams, of 63 beside one that is
+held to a JSON schema, and of 64 that are held. Each figure is the median of its runs after one that
+does not count; slow rows stop at fewer than 5, when their share of the time is used up, and the
+table says at how many.
 
 Owns what is run, and the check that goes with it. Does not know the kernels.
 """
@@ -43,12 +46,30 @@ from tests.performance.load_clients import (
 )
 from tests.performance.qwen3 import MODELS, Model, write_folder
 
-PARTS = ("decode", "prefill", "start")
+PARTS = ("decode", "prefill", "structured", "start")
 # Streams, and seconds for all of their runs: together about 40 s for the 8B model.
 BATCHES = {1: 5.0, 8: 6.0, 64: 9.0, 256: 15.0}
 SECONDS_OF_PREFILL = 4.0
 QUICK = 0.5
 RUNS = 5
+SECONDS_OF_STRUCTURED = 12.0
+# All outputs are longer than any that is measured.
+JSON_SCHEMA = json.dumps(
+    {
+        "type": "array",
+        "minItems": 500,
+        "items": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "maxLength": 30},
+                "age": {"type": "integer", "minimum": 0, "maximum": 150},
+                "color": {"enum": ["red", "green", "blue"]},
+            },
+            "required": ["name", "age", "color"],
+            "additionalProperties": False,
+        },
+    }
+)
 # Of the check. Prompts of less than a block are never cached, the others are the second time.
 CHECKED_LENGTHS = (15, 300) * 4
 CHECKED_TOKENS = 16
@@ -111,8 +132,32 @@ class Bench:
         self._add_prefill(server, f"one prompt of {work.long}", 1, work.long)
         self.figures["prompt"] = work.long
 
-    def _run(self, server: Server, batch: int, length: int, max_tokens: int) -> list[Stream]:
-        prompts = [Prompt(next(self._seeds), length) for _ in range(batch)]
+    def measure_structured(self, server: Server) -> None:
+        """What streams that must fit a schema cost the others, and each other."""
+        work, batch = self._model.workload, CHECKED_BATCH
+        gaps: dict[int, list[float]] = {0: [], 1: [], batch: []}
+
+        def run() -> float:
+            began = time.monotonic()
+            for num_held, samples in gaps.items():
+                streams = self._run(server, batch, work.prompt, 1 + work.steps, num_held=num_held)
+                samples.append(median_gap(streams[num_held:] or streams))
+            return time.monotonic() - began
+
+        run()
+        for samples in gaps.values():
+            samples.clear()
+        self._effort.repeat(run, SECONDS_OF_STRUCTURED)
+        for num_held, samples in gaps.items():
+            others = f", {num_held} held" if num_held else ""
+            name = f"{batch} held" if num_held == batch else f"{batch - num_held} free{others}"
+            self.rows.append(Row(f"gap, {name}", samples, None, None))
+
+    def _run(
+        self, server: Server, batch: int, length: int, max_tokens: int, *, num_held: int = 0
+    ) -> list[Stream]:
+        schemas = [JSON_SCHEMA] * num_held + [""] * (batch - num_held)
+        prompts = [Prompt(next(self._seeds), length, schema) for schema in schemas]
         streams = server.clients.run(prompts, max_tokens)
         assert not any(stream.cached for stream in streams), "a prompt was not fresh"
         return streams
@@ -205,6 +250,8 @@ def run_model(
                     bench.measure_decode(server)
                 if "prefill" in arguments.only:
                     bench.measure_prefill(server)
+                if "structured" in arguments.only:
+                    bench.measure_structured(server)
         except (ClientsError, AssertionError, OSError, subprocess.SubprocessError) as caught:
             error = traceback.format_exception_only(caught)[0].splitlines()[0]
             traceback.print_tb(caught.__traceback__, limit=-3)

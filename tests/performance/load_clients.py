@@ -35,10 +35,11 @@ PATIENCE = 120.0
 
 
 class Prompt(NamedTuple):
-    """Random token ids, the same wherever they are drawn."""
+    """Random token ids, the same wherever they are drawn. json_schema: that the output must fit."""
 
     seed: int
     length: int
+    json_schema: str = ""
 
     def token_ids(self, vocab_size: int) -> list[int]:
         return random.Random(self.seed).choices(range(vocab_size), k=self.length)
@@ -156,11 +157,17 @@ async def _serve_jobs(address: str) -> None:
 
 
 def _requests(job: dict[str, Any]) -> Iterable[pb.GenerateStreamRequest]:
-    for seed, length in job["prompts"]:
+    for seed, length, json_schema in job["prompts"]:
         generation = build_generation(
             Prompt(seed, length).token_ids(job["vocab_size"]),
-            {"max_tokens": job["max_tokens"], "temperature": 0, "ignore_eos": True},
+            {
+                "max_tokens": job["max_tokens"],
+                "temperature": 0,
+                "ignore_eos": not json_schema,
+            },
         )
+        if json_schema:
+            generation.structured_output.json_schema = json_schema
         generation.output.text = job["text"]
         yield pb.GenerateStreamRequest(generation=generation)
 

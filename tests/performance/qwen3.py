@@ -16,6 +16,8 @@ from tests.model_folders import make_model_folder, write_tokenizer
 BANDWIDTH = 3.0e12
 ARITHMETIC = 798e12
 _VOCAB_SIZE = 151_936
+# The published tokenizer's.
+_NUM_MERGES = 151_387
 _HEAD_DIM = 128
 _SCALAR_BYTES = 2
 
@@ -165,5 +167,5 @@ def write_folder(path: Path, model: Model) -> tuple[str, ...]:
         return ()
     path.mkdir()
     (path / "config.json").write_text(json.dumps(model.config(), indent=2))
-    write_tokenizer(path)
+    write_tokenizer(path, num_merges=_NUM_MERGES)
     return ("--load-format", "random")

@@ -69,8 +69,7 @@ class CpuRunner:
         self._max_step_tokens = config.max_num_batched_tokens or _DEFAULT_STEP_TOKENS
         self._vocab_size = decoder_config.vocab_size
         self._startup = startup
-        with startup.phase("read tokens for grammars"):
-            self._grammars = Grammars(folder)
+        self._grammars = Grammars(folder)
         with (
             startup.phase("load weights"),
             open_weights(folder, config.load_format, self.dtype) as source,
@@ -111,6 +110,8 @@ class CpuRunner:
                 batch = make_batch(self._table, self._cache, zero, zero, np.full(1, count))
                 hidden = self._decoder.forward(batch, self._cache)
                 self._decoder.logits(hidden[:2])
+        with self._startup.phase("read tokens for grammars"):
+            self._grammars.wait()
 
     def prepare(self, prepare: Prepare, reply: Reply) -> None:
         """Have a grammar ready for later admissions, or release it."""

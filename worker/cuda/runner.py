@@ -66,6 +66,7 @@ class CudaRunner:
             torch.cuda.set_device(device)
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._startup = startup
+        self._grammars = Grammars(folder)
         self._max_step_tokens = config.max_num_batched_tokens or DEFAULT_STEP_TOKENS
         self._vocab_size = decoder_config.vocab_size
         self._block_size = config.block_size
@@ -110,8 +111,6 @@ class CudaRunner:
         log_capacity(num_blocks, config.block_size, self._sequences.sampling.num_bytes)
         with torch.cuda.stream(self._stream):
             self._transfer = Transfer(self._batch, self._sequences, device)
-        with startup.phase("read tokens for grammars"):
-            self._grammars = Grammars(folder)
         self._masks = GrammarMasks(
             self._grammars, self._sequences.sampling.allowed_mask, max_samples
         )
@@ -165,6 +164,8 @@ class CudaRunner:
             self._run(len(self._batch.token_ids), 0, 0)
             self._transfer.end(slot)
             slot.ended.synchronize()
+        with self._startup.phase("read tokens for grammars"):
+            self._grammars.wait()
         log.info("graphs recorded", graphs=len(self._graphs))
 
     def prepare(self, prepare: Prepare, reply: Reply) -> None:
