@@ -44,10 +44,12 @@ PLANTED = {
         "        self._requests.clear()\n        return requests",
         "        self._requests.clear()\n        return []",
     ),
-    "every loss is a death": Plant(".evacuate(died=died)", ".evacuate(died=True)"),
+    "every loss is a death": Plant(
+        "self.scheduler.evacuate(died=died)", "self.scheduler.evacuate(died=True)"
+    ),
     "one strike is enough": Plant("request.strikes >= MAX_STRIKES", "request.strikes >= 1"),
     "no worker's room is looked at": Plant(
-        "request.max_length = min(request.max_length, scheduler.context_limit)",
+        "request.max_length = min(request.max_length, pipeline.scheduler.context_limit)",
         "pass",
     ),
     "started again after a preemption": Plant(
