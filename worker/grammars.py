@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 import structlog
-from llguidance import LLMatcher
+from llguidance import LLExecutor, LLMatcher
 
 from mili.hub.folder import ModelFolder
 from mili.hub.grammars import GrammarCompiler, GrammarError, GrammarKind
@@ -27,7 +27,7 @@ log = structlog.get_logger()
 # In Ready.capabilities.
 CAPABILITY = "grammars"
 
-Mask = npt.NDArray[np.int32]  # [num_words]
+Masks = npt.NDArray[np.int32]  # [rows, num_words], contiguous
 Reply = Callable[[Prepared], None]
 
 
@@ -43,7 +43,7 @@ class RowGrammar:
     of `start_after` were generated everything is allowed but the end of the output.
     """
 
-    def __init__(self, ready: _Ready, eos_token_ids: frozenset[int], open_mask: Mask) -> None:
+    def __init__(self, ready: _Ready, eos_token_ids: frozenset[int]) -> None:
         self.has_failed = False
         self._matcher = ready.matcher.deep_copy()
         self._start_after = ready.start_after
@@ -51,7 +51,6 @@ class RowGrammar:
         self._has_begun = not ready.start_after
         self._eos_token_ids = eos_token_ids
         self._has_ended = False
-        self._open_mask = open_mask
 
     def take(self, token_ids: Sequence[int]) -> None:
         """Go on by tokens of the output. What is sampled after its end means nothing."""
@@ -62,13 +61,14 @@ class RowGrammar:
             self._last.append(token_id)
             self._has_begun = tuple(self._last) == self._start_after
 
-    def fill(self, mask: Mask) -> None:
-        """Write which tokens may come next."""
-        if not self._has_begun:
-            mask[:] = self._open_mask
-            return
+    @property
+    def matcher(self) -> LLMatcher | None:
+        """What knows which tokens may come next; None before the grammar begins."""
+        return self._matcher if self._has_begun else None
+
+    def check(self) -> None:
+        """See whether the grammar failed when its mask was computed."""
         matcher = self._matcher
-        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         stuck = matcher.is_stopped() and not matcher.is_accepting()
         self.has_failed = self.has_failed or matcher.is_error() or stuck
 
@@ -88,6 +88,7 @@ class Grammars:
 
     def __init__(self, folder: ModelFolder) -> None:
         eos_token_ids = folder.generation.eos_token_ids
+        self._cores = LLExecutor()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self._compiler = self._thread.submit(
             _make_compiler, folder.tokenizer_path, folder.vocab_size, eos_token_ids
@@ -132,12 +133,27 @@ class Grammars:
             if not admission.grammar:
                 self.rows.pop(admission.row, None)
                 continue
-            grammar = RowGrammar(
-                self._ready[admission.grammar], self._eos_token_ids, self._open_mask
-            )
+            grammar = RowGrammar(self._ready[admission.grammar], self._eos_token_ids)
             tokens = np.frombuffer(admission.token_ids, "<u4")
             grammar.take(tokens[admission.num_prompt_tokens :].tolist())
             self.rows[admission.row] = grammar
+
+    def fill(self, masks: Masks, grammars: Sequence[RowGrammar]) -> None:
+        """Write which tokens may come next; on several cores where there are several masks."""
+        begun = []
+        for index, grammar in enumerate(grammars):
+            if grammar.matcher is None:
+                masks[index] = self._open_mask
+            else:
+                begun.append((grammar.matcher, index))
+        address, num_bytes = masks.ctypes.data, masks.shape[1] * masks.itemsize
+        if len(begun) == 1:
+            matcher, index = begun[0]
+            matcher.unsafe_compute_mask_ptr(address + index * num_bytes, num_bytes)
+        elif begun:
+            self._cores.unsafe_compute_mask_ptr(begun, address, num_bytes, len(masks))
+        for _, index in begun:
+            grammars[index].check()
 
     def has_failed(self, row: int) -> bool:
         return row in self.rows and self.rows[row].has_failed

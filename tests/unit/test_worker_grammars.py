@@ -46,22 +46,43 @@ def prepare(grammars: Grammars, source: str, *, number: int = 1, after: Sequence
     return reply.error
 
 
-def admit(grammars: Grammars, known: list[int], num_prompt_tokens: int = 1) -> RowGrammar:
+def admit(
+    grammars: Grammars, known: list[int], num_prompt_tokens: int = 1, number: int = 1
+) -> RowGrammar:
     admission = pb.Admission(
         row=3,
         token_ids=np.array(known, "<u4").tobytes(),
         num_prompt_tokens=num_prompt_tokens,
-        grammar=1,
+        grammar=number,
     )
     grammars.admit([admission])
     return grammars.rows[3]
 
 
 def allowed(grammars: Grammars, row: RowGrammar) -> set[int]:
-    mask = np.empty(grammars.num_words, np.int32)
-    row.fill(mask)
-    bits = np.unpackbits(mask.view(np.uint8), bitorder="little")[:VOCAB_SIZE]
-    return set(np.flatnonzero(bits).tolist())
+    (found,) = allowed_together(grammars, [row])
+    return found
+
+
+def allowed_together(grammars: Grammars, rows: Sequence[RowGrammar]) -> list[set[int]]:
+    masks = np.empty((len(rows), grammars.num_words), np.int32)
+    grammars.fill(masks, rows)
+    bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")[:, :VOCAB_SIZE]
+    return [set(np.flatnonzero(row).tolist()) for row in bits]
+
+
+def test_masks_of_many_rows_are_those_of_each_alone(grammars: Grammars) -> None:
+    """Some have not begun: all is allowed there but the end."""
+    assert prepare(grammars, "(a|bc|de?)+") == prepare(grammars, "x+", number=2, after=[7]) == ""
+    rows = []
+    for output in ("", "a", "ab", "bcd", "d", "dea"):
+        known = [9, *ids(output)]
+        rows.append(admit(grammars, known))
+        rows.append(admit(grammars, known, number=2))
+    rows.append(admit(grammars, [9, 7], number=2))
+    assert allowed_together(grammars, rows) == [allowed(grammars, row) for row in rows]
+    assert allowed(grammars, rows[-1]) == set(ids("x"))
+    assert len({frozenset(allowed(grammars, row)) for row in rows}) == 6
 
 
 def test_a_row_is_led_through_its_grammar_to_the_end(grammars: Grammars) -> None:

@@ -52,12 +52,11 @@ def hold_to_grammars(
     logits: [rows, vocab]. A row does not go on, [rows], where its grammar has failed.
     """
     held = [index for index, row in enumerate(rows.tolist()) if row in grammars.rows]
+    states = [grammars.rows[int(rows[index])] for index in held]
     masks = np.empty((len(held), grammars.num_words), np.int32)
+    grammars.fill(masks, states)
     fits = np.ones(len(rows), np.bool_)
-    for index, mask in zip(held, masks, strict=True):
-        grammar = grammars.rows[int(rows[index])]
-        grammar.fill(mask)
-        fits[index] = not grammar.has_failed
+    fits[held] = [not state.has_failed for state in states]
     allow_only_(logits, torch.tensor(held, dtype=torch.int64), torch.from_numpy(masks))
     return fits
 

@@ -17,11 +17,11 @@ from mili.worker.grammars import Grammars, RowGrammar
 
 
 class _Sampled(NamedTuple):
-    """Where the token of a held row will be when the step has ended."""
+    """Where the tokens of a step's held rows will be when it has ended."""
 
     slot: Slot
-    sample: int
-    grammar: RowGrammar
+    samples: list[int]
+    grammars: list[RowGrammar]
 
 
 class GrammarMasks:
@@ -31,14 +31,14 @@ class GrammarMasks:
         self._grammars = grammars
         self._allowed_mask = allowed_mask
         # Read by a step's copies until it has ended, which is heard of before the next is written.
-        self._host = torch.empty(
-            max_samples, allowed_mask.shape[1], dtype=torch.int32, pin_memory=True
-        )
-        self._unheard: list[_Sampled] = []
+        words = allowed_mask.shape[1]
+        self._masks = torch.empty(max_samples, words, dtype=torch.int32, pin_memory=True)
+        self._rows = torch.empty(max_samples, dtype=torch.int64, pin_memory=True)
+        self._unheard: _Sampled | None = None
 
     def reset(self) -> None:
         """Forget what was sampled: no step is in flight."""
-        self._unheard.clear()
+        self._unheard = None
 
     def held(self, rows: StepRows) -> list[tuple[int, int]]:
         """Sample and table row of each row that samples in this step and is held to a grammar."""
@@ -49,13 +49,15 @@ class GrammarMasks:
         return [(sample, row) for sample, row in enumerate(sampling) if row in grammars]
 
     def hear(self) -> None:
-        """Wait for the steps that sampled held rows, and tell their grammars."""
-        for slot, sample, grammar in self._unheard:
-            slot.ended.synchronize()
-            token = slot.output[sample]
-            if token >= 0:  # no token of a row that is faulted
-                grammar.take([token])
-        self._unheard.clear()
+        """Wait for the step that sampled held rows, and tell their grammars."""
+        if self._unheard is None:
+            return
+        (slot, samples, grammars), self._unheard = self._unheard, None
+        slot.ended.synchronize()
+        tokens = slot.output[: samples[-1] + 1].tolist()
+        for sample, grammar in zip(samples, grammars, strict=True):
+            if tokens[sample] >= 0:  # no token of a row that is faulted
+                grammar.take([tokens[sample]])
 
     @torch.inference_mode()
     def upload(self, held: list[tuple[int, int]], slot: Slot) -> frozenset[int]:
@@ -64,12 +66,16 @@ class GrammarMasks:
         slot: of the step. Returns the rows whose grammars have failed.
         """
         self.hear()
-        failed: set[int] = set()
-        for place, (sample, row) in enumerate(held):
-            grammar = self._grammars.rows[row]
-            grammar.fill(self._host[place].numpy())
-            self._allowed_mask[row].copy_(self._host[place], non_blocking=True)
-            if grammar.has_failed:
-                failed.add(row)
-            self._unheard.append(_Sampled(slot, sample, grammar))
-        return frozenset(failed)
+        rows = [row for _, row in held]
+        grammars = [self._grammars.rows[row] for row in rows]
+        masks, index = self._masks[: len(held)], self._rows[: len(held)]
+        self._grammars.fill(masks.numpy(), grammars)
+        index.copy_(torch.tensor(rows))
+        device = self._allowed_mask.device
+        self._allowed_mask.index_copy_(
+            0, index.to(device, non_blocking=True), masks.to(device, non_blocking=True)
+        )
+        self._unheard = _Sampled(slot, [sample for sample, _ in held], grammars)
+        return frozenset(
+            row for row, grammar in zip(rows, grammars, strict=True) if grammar.has_failed
+        )
