@@ -1,7 +1,7 @@
 """Calls with structured output, and random JSON schemas to ask for.
 
-Owns the schemas' distribution: all of their outputs are short, so that random weights, which
-wander, come to an end within a small context.
+Owns the schemas' distribution: all of their outputs are short, so that a model that wanders comes
+to an end. (A JSON number may have any number of digits: it has a test of its own.)
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def random_schema(rng: random.Random) -> Schema:
 
 
 def _schema(rng: random.Random, depth: int) -> Schema:
-    scalars = (_string, _integer, _number, _enum, _pattern, lambda rng: {"type": "boolean"})
+    scalars = (_string, _integer, _enum, _pattern, lambda rng: {"type": "boolean"})
     if depth == 0 or rng.random() < 0.35:
         return rng.choice(scalars)(rng)
     return rng.choice((_object, _object, _array, _any_of, _pair))(rng, depth - 1)
@@ -54,18 +54,16 @@ def _integer(rng: random.Random) -> Schema:
     return {"type": "integer", "minimum": low, "maximum": low + rng.randrange(1000)}
 
 
-def _number(rng: random.Random) -> Schema:
-    low = rng.randint(-9, 9)
-    return {"type": "number", "minimum": low, "maximum": low + rng.randint(1, 9)}
-
-
 def _enum(rng: random.Random) -> Schema:
     values = ["red", "größe", 'a "quote"', 7, -1.5, None, True, "line\nbreak", "\\"]
     return {"enum": rng.sample(values, rng.randint(1, 5))}
 
 
 def _pattern(rng: random.Random) -> Schema:
-    return {"type": "string", "pattern": rng.choice(("^[a-f]{2,6}$", "^(x|yy)+z$", "^\\d{3}-\\d$"))}
+    return {
+        "type": "string",
+        "pattern": rng.choice(("^[a-f]{2,6}$", "^(x|yy){1,6}z$", "^\\d{3}-\\d$")),
+    }
 
 
 def _object(rng: random.Random, depth: int) -> Schema:

@@ -74,6 +74,19 @@ async def test_500_random_schemas_on_the_demo_model(tmp_path: Path) -> None:
                 await check_schemas(InferenceServiceStub(channel), range(first, first + 50))
 
 
+async def test_numbers(api: Api) -> None:
+    """They may have any number of digits, so that random weights do not always end one."""
+    schema = {"type": "array", "items": {"type": "number", "minimum": -7, "maximum": 2.5}}
+    structured = pb.StructuredOutput(json_schema=json.dumps({**schema, "maxItems": 3}))
+    stopping = pb.StopConditions(max_tokens=80)
+    asked = [request(structured, seed=seed, stopping=stopping) for seed in range(32)]
+    responses = await asyncio.gather(*map(api.Generate, asked))
+    texts = [each.sequences[0].text for each in responses if each.sequences[0].finish_reason == EOS]
+    assert any("." in text for text in texts)
+    for text in texts:
+        jsonschema.validate(json.loads(text), schema)
+
+
 @pytest.mark.parametrize("seed", range(3))
 async def test_a_regex(api: Api, seed: int) -> None:
     pattern = r"(\d{1,3}\.){3}\d{1,3} [a-zä]{2,5}"
