@@ -130,3 +130,30 @@ class ParsedOutput:
     def take(self) -> ParsedText:
         """Return the parts that became certain since the last call."""
         return self._parser.take()
+
+
+class UntoldOutput:
+    """Text that is only looked through: its reader did not ask for it (implements
+    router.request.TextOutput).
+    """
+
+    def __init__(self, text: DetokenizedOutput | ParsedOutput) -> None:
+        self._text = text
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """As of the text."""
+        return self._text.num_reasoning_tokens
+
+    def push(self, token_id: int, *, may_stop: bool) -> str | Forced | None:
+        """Take the next token; return what the text finds with it."""
+        return self._text.push(token_id, may_stop=may_stop)
+
+    def finish(self, finish: Finish) -> Finish:
+        """No more tokens come."""
+        return self._text.finish(finish)
+
+    def take(self) -> str:
+        """Drop the text that became certain since the last call."""
+        self._text.take()
+        return ""

@@ -38,7 +38,9 @@ NOTHING = Forced(())
 class TextOutput(Protocol):
     """Tokens in, text out: detokenizing, stop sequences and parsing of one request."""
 
-    num_reasoning_tokens: int
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Tokens so far that found the reasoning block open; 0 where nobody looks for it."""
 
     def push(self, token_id: int, *, may_stop: bool) -> str | Forced | None:
         """Take the next token; return the stop sequence that it completed, or what must follow."""

@@ -5,7 +5,7 @@ Owns what a prompt says about its output's beginning. Does not know who reads th
 
 from __future__ import annotations
 
-from mili.router.output import DetokenizedOutput, ParsedOutput
+from mili.router.output import DetokenizedOutput, ParsedOutput, UntoldOutput
 from mili.router.params import GenerationParams
 from mili.router.parsers.formats import Formats
 from mili.router.parsers.output import OutputParser
@@ -31,16 +31,22 @@ class Texts:
 
     def make(self, params: GenerationParams) -> TextOutput | None:
         """Text is made where it is asked for, or where something is to be found in it."""
+        text: DetokenizedOutput | ParsedOutput
         if params.is_parsed:
-            return ParsedOutput(
-                self._detokenized(params, self._formats.tags),
-                self._parser(params),
-                max_reasoning_tokens=params.max_reasoning_tokens,
-                closing=self._closing,
-            )
-        if params.text or params.stop_sequences:
-            return self._detokenized(params, frozenset())
-        return None
+            text = self._parsed(params)
+        elif params.text or params.stop_sequences:
+            text = self._detokenized(params, frozenset())
+        else:
+            return None
+        return text if params.text else UntoldOutput(text)
+
+    def _parsed(self, params: GenerationParams) -> ParsedOutput:
+        return ParsedOutput(
+            self._detokenized(params, self._formats.tags),
+            self._parser(params),
+            max_reasoning_tokens=params.max_reasoning_tokens,
+            closing=self._closing,
+        )
 
     def _detokenized(self, params: GenerationParams, shown: frozenset[str]) -> DetokenizedOutput:
         return DetokenizedOutput(

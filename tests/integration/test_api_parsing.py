@@ -234,3 +234,22 @@ async def test_parsing_needs_text(actor: Actor) -> None:
     request = pb.GenerateRequest(generation=generation(text=False, parse_reasoning=True))
     with pytest.raises(grpc.aio.AioRpcError, match="needs the text"):
         await actor.stub.Generate(request)
+
+
+@pytest.mark.parametrize("bounded", [False, True])
+async def test_text_that_is_only_searched_is_not_told(actor: Actor, bounded: bool) -> None:
+    asked = generation(text=False, token_ids=True)
+    asked.stopping.stop_sequences.append("lo")
+    if bounded:
+        asked.stopping.max_reasoning_tokens = 2
+    stream = actor.stub.GenerateStream(pb.GenerateStreamRequest(generation=asked))
+    tokens = actor.spell("<think>abc</think>Hello", tags=True)
+    saying = asyncio.create_task(actor.say(await actor.engine.submitted.get(), tokens))
+    events = [response.event async for response in stream]
+    await saying
+    text = "".join(event.delta.text + event.delta.reasoning_text for event in events)
+    assert (text, events[-1].finished.stop_sequence) == ("", "lo")
+    sequence, usage = await told(actor, asked, "<think>abc</think>Hello")
+    assert (sequence.text, sequence.stop_sequence) == ("", "lo")
+    assert usage.completion_tokens == len(sequence.token_ids)
+    assert usage.reasoning_tokens == (4 if bounded else 0)
