@@ -121,10 +121,10 @@ class Tokenizer:
         """
         if not skip_special_tokens:
             return self._vocabulary.detokenizer()
-        shown &= self._special_ids.keys()
-        if not shown:
+        special = shown.intersection(self._special_ids)
+        if not special:
             return self._vocabulary_without_special.detokenizer()
-        return self._vocabulary_showing(shown).detokenizer()
+        return self._vocabulary_showing(special).detokenizer()
 
     def token_id(self, token: str) -> int | None:
         """Return the id of a token by its text, None where the vocabulary has no such token."""

@@ -95,6 +95,14 @@ def test_the_same_for_the_demo_model() -> None:
             )
 
 
+def test_special_tokens_may_be_shown_though_others_are_skipped(bytewise: Tokenizer) -> None:
+    ids = [bytewise.token_id(token) for token in ("<|bos|>", "<|é 世|>", "<|eos|>")]
+    shown = frozenset(["<|é 世|>", "no token"])
+    detokenizer = bytewise.detokenizer(skip_special_tokens=True, shown=shown)
+    text = "".join(detokenizer.push(token_id) for token_id in ids if token_id is not None)
+    assert text + detokenizer.flush() == "<|é 世|>"
+
+
 def test_a_character_is_shown_when_its_last_byte_comes(bytewise: Tokenizer) -> None:
     ids = [bytewise.encode(c, add_special_tokens=False) for c in "aé"]
     assert stream(bytewise, ids[0], skip=False) == ["a", ""]
