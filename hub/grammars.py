@@ -6,6 +6,7 @@ passes at the door of the one is what the other computes. Does not know requests
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from enum import IntEnum
@@ -76,15 +77,17 @@ class GrammarCompiler:
         """32-bit words of a mask: bit t % 32 of word t // 32 is token t."""
         return -(-self._tokenizer.vocab_size // 32)
 
-    def compile(self, kind: GrammarKind, source: str) -> LLMatcher:
+    def compile(self, kind: GrammarKind, source: str, *, after_breaks: bool = False) -> LLMatcher:
         """Return a matcher at its beginning, whose first mask is known to allow something.
 
-        A copy of it, deep_copy(), costs microseconds. Raises GrammarError. Leaves the GIL to others
-        for most of the time.
+        after_breaks: up to two line breaks may come before what fits, as models write them behind
+        their reasoning. A copy of the matcher, deep_copy(), costs microseconds. Raises
+        GrammarError. Leaves the GIL to others for most of the time.
         """
-        matcher = LLMatcher(
-            self._tokenizer, _to_llguidance(kind, source), log_level=0, limits=_LIMITS
-        )
+        grammar = _to_llguidance(kind, source)
+        if after_breaks:
+            grammar = _after_breaks(kind, grammar)
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
         _check(matcher)
         matcher.compute_bitmask()
         _check(matcher)
@@ -102,6 +105,14 @@ def _to_llguidance(kind: GrammarKind, source: str) -> str:
         return LLMatcher.grammar_from_json_schema(source, defaults=_JSON)
     except ValueError as error:
         raise GrammarError(str(error)[:_MAX_CAUSE], too_complex=False) from None
+
+
+def _after_breaks(kind: GrammarKind, grammar: str) -> str:
+    """Return a grammar that has another one, made by _to_llguidance, as a part."""
+    is_lark = kind == GrammarKind.LARK
+    (part,) = [{"lark_grammar": grammar}] if is_lark else json.loads(grammar)["grammars"]
+    whole = {"lark_grammar": r"start: /\n{0,2}/ @part"}
+    return json.dumps({"grammars": [whole, {**part, "name": "part"}]})
 
 
 def _check(matcher: LLMatcher) -> None:

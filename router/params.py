@@ -37,8 +37,8 @@ ORDINARY = Scheduling()
 class Constraint(NamedTuple):
     """A grammar that the output must fit.
 
-    start_after_token_ids: it begins behind these, which the model generates first; none for an
-    output that fits from its first token on.
+    start_after_token_ids: it begins behind these, which the model generates first, and up to two
+    line breaks; none for an output that fits from its first token on.
     """
 
     kind: GrammarKind.ValueType

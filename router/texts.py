@@ -1,6 +1,6 @@
 """The text of each request: which of it is made, and how it is taken apart.
 
-Owns what a prompt says about its output's beginning. Does not know who reads the text.
+Owns the choice. Does not know who reads the text.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from mili.router.output import DetokenizedOutput, ParsedOutput, UntoldOutput
 from mili.router.params import GenerationParams
 from mili.router.parsers.formats import Formats
 from mili.router.parsers.output import OutputParser
+from mili.router.parsers.prompt import Block, PromptReasoning
 from mili.router.request import Forced, TextOutput
 from mili.router.tokenizer import Tokenizer
 
@@ -21,10 +22,8 @@ class Texts:
     ) -> None:
         self._tokenizer = tokenizer
         self._formats = formats
-        self._turn_ends = frozenset(eos_token_ids)
         tags = formats.reasoning
-        self._open_id = tokenizer.token_id(tags.open) if tags else None
-        self._close_id = tokenizer.token_id(tags.close) if tags else None
+        self._reasoning = PromptReasoning(tags, tokenizer, eos_token_ids)
         # The line breaks are those that chat templates write there.
         closing = f"\n{tags.close}\n\n" if tags else ""
         self._closing = Forced(tuple(tokenizer.encode(closing, add_special_tokens=False)))
@@ -62,14 +61,5 @@ class Texts:
             self._formats,
             reasoning=params.parse_reasoning,
             tool_calls=params.parse_tool_calls,
-            reasoning_open=self._leaves_reasoning_open(params),
+            reasoning_open=self._reasoning.block(params.prompt_token_ids) is Block.OPEN,
         )
-
-    def _leaves_reasoning_open(self, params: GenerationParams) -> bool:
-        """Tell whether the last turn of a prompt opens the block and does not close it."""
-        for token_id in reversed(params.prompt_token_ids):
-            if token_id == self._open_id:
-                return True
-            if token_id == self._close_id or token_id in self._turn_ends:
-                return False
-        return False

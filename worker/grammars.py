@@ -182,8 +182,11 @@ def _prepare(
     try:
         if isinstance(compiler, ValueError):
             raise compiler
-        matcher = compiler.compile(GrammarKind(grammar.kind), grammar.source)
-        ready[number] = _Ready(matcher, tuple(grammar.start_after_token_ids))
+        start_after = tuple(grammar.start_after_token_ids)
+        matcher = compiler.compile(
+            GrammarKind(grammar.kind), grammar.source, after_breaks=bool(start_after)
+        )
+        ready[number] = _Ready(matcher, start_after)
     except (GrammarError, ValueError) as problem:
         error = str(problem)
     reply(Prepared(id=number, error=error))

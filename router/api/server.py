@@ -108,7 +108,7 @@ class ApiServer:
         defaults = read_defaults(folder)._replace(formats=model.formats)
         quotas = Quotas(clock)
         self._health = Health(_service_names(_PUBLIC_FILES + _ADMIN_FILES))
-        self._structured = StructuredOutputs(folder, tokenizer)
+        self._structured = StructuredOutputs(folder, tokenizer, model.formats)
         self._inference = InferenceService(
             engine=engine,
             streams=self._streams,

@@ -17,16 +17,14 @@ from mili.internal.v1.step_pb2 import (
 from mili.router.errors import Reason, RequestError
 from mili.router.grammar_checker import GrammarChecker
 from mili.router.params import Constraint
+from mili.router.parsers.formats import Formats
+from mili.router.parsers.prompt import Block, PromptReasoning
 from mili.router.tokenizer import Tokenizer
 from mili.v1 import inference_pb2 as pb
 
 _PATH = "generation.structured_output"
 _MAX_SOURCE_BYTES = 128 * 1024
 _MAX_CHOICES = 1024
-# What closes a reasoning block, in all models that have one.
-_REASONING_END = "</think>"
-# Tokens of a prompt's end in which a block that the template closed itself would stand.
-_TEMPLATE_TAIL = 8
 
 
 def check_structured_output(generation: pb.Generation) -> None:
@@ -59,13 +57,10 @@ def check_structured_output(generation: pb.Generation) -> None:
 class StructuredOutputs:
     """Reads the messages for one model."""
 
-    def __init__(self, folder: ModelFolder, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, folder: ModelFolder, tokenizer: Tokenizer, formats: Formats) -> None:
         self._checker = GrammarChecker(folder)
-        end = tokenizer.encode(_REASONING_END, add_special_tokens=False)
-        # A model whose template or vocabulary knows no such block has none.
-        known = len(end) == 1 or _REASONING_END in (folder.chat_template or "")
-        self._reasoning_end = tuple(end) if known else ()
+        turn_ends = folder.generation.eos_token_ids
+        self._reasoning = PromptReasoning(formats.reasoning, tokenizer, turn_ends)
 
     async def read(self, asked: pb.StructuredOutput, prompt: Sequence[int]) -> Constraint | None:
         """Return the constraint of a checked message, None for none; raise RequestError.
@@ -84,11 +79,11 @@ class StructuredOutputs:
         await self._checker.close()
 
     def _start_after(self, prompt: Sequence[int]) -> tuple[int, ...]:
-        """The tokens that end the reasoning; none where the prompt has ended it already."""
-        field = f"{_PATH}.after_reasoning"
-        _require(bool(self._reasoning_end), field, "cannot be used: the model does not reason")
-        tail = self._tokenizer.decode(prompt[-_TEMPLATE_TAIL:], skip_special_tokens=False)
-        return () if tail.rstrip().endswith(_REASONING_END) else self._reasoning_end
+        """The token that ends the reasoning; none where the prompt has ended it already."""
+        if self._reasoning.block(prompt) is Block.CLOSED:
+            return ()
+        assert self._reasoning.close_id is not None, "check_parsing refuses what has none"
+        return (self._reasoning.close_id,)
 
 
 _KINDS = {

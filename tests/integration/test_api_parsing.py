@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import grpc
 import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
 from tokenizers import Tokenizer as Backend
 
 from mili.hub.folder import ModelFolder, read_model_folder
@@ -224,10 +226,18 @@ async def test_what_a_model_has_no_form_of_is_refused(tmp_path: Path) -> None:
                 await actor.stub.Generate(request)
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
             assert "the model's" in str(caught.value.details())
-        request = pb.GenerateRequest(generation=generation())
-        request.generation.stopping.max_reasoning_tokens = 5
-        with pytest.raises(grpc.aio.AioRpcError, match="has no tags"):
-            await actor.stub.Generate(request)
+        bounded, constrained = generation(), generation()
+        bounded.stopping.max_reasoning_tokens = 5
+        constrained.structured_output.MergeFrom(
+            pb.StructuredOutput(regex="a", after_reasoning=True)
+        )
+        for asked in (bounded, constrained):
+            call = actor.stub.Generate(pb.GenerateRequest(generation=asked))
+            assert "has no tags" in await call.details()
+            status = await rpc_status.aio.from_call(call)
+            info = error_details_pb2.ErrorInfo()
+            assert status is not None and status.details[0].Unpack(info)
+            assert info.reason == "UNSUPPORTED_FIELD"
 
 
 async def test_parsing_needs_text(actor: Actor) -> None:

@@ -16,6 +16,7 @@ import pytest
 import pytest_asyncio
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
+from tokenizers import Tokenizer
 
 from mili.hub.pull import pull
 from mili.v1 import inference_pb2 as pb
@@ -25,6 +26,7 @@ from tests.serving import STEADY, Served, serving
 from tests.structured import random_schema, request
 
 EOS = pb.FINISH_REASON_EOS
+THINK, CLOSE = 259, 260
 Api = InferenceServiceStub
 
 
@@ -32,6 +34,10 @@ Api = InferenceServiceStub
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     path = tmp_path_factory.mktemp("structured")
     model = make_model_folder(path / "model", max_position_embeddings=4096)
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<think>", "</think>"])
+    assert tokenizer.token_to_id("<think>") == THINK and tokenizer.token_to_id("</think>") == CLOSE
+    tokenizer.save(str(model / "tokenizer.json"))
     with serving(model, path / "log", **STEADY) as running:
         yield running
 
@@ -135,6 +141,62 @@ async def test_max_tokens_may_cut_an_output(api: Api) -> None:
     response = await api.Generate(request(structured, stopping=stopping))
     assert response.sequences[0].text == "a" * 10
     assert response.sequences[0].finish_reason == pb.FINISH_REASON_MAX_TOKENS
+
+
+def thinking(structured: pb.StructuredOutput, *prompt: int, seed: int = 3) -> pb.GenerateRequest:
+    asked = request(structured, seed=seed)
+    asked.generation.token_ids.ids.extend(prompt)
+    asked.generation.structured_output.after_reasoning = True
+    return asked
+
+
+FORMS = {
+    "regex": (pb.StructuredOutput(regex="[0-9]{3}"), "[0-9]{3}"),
+    "choices": (pb.StructuredOutput(choices=pb.Choices(values=["yes", "no"])), "yes|no"),
+    "json_schema": (pb.StructuredOutput(json_schema='{"type": "boolean"}'), r"\s*(true|false)\s*"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_reasoning_comes_first(api: Api, form: str) -> None:
+    """Closed after so many tokens as models close it: the answer is behind an empty line."""
+    structured, pattern = FORMS[form]
+    asked = thinking(structured, THINK)
+    asked.generation.stopping.max_reasoning_tokens = 9
+    raw = (await api.Generate(asked)).sequences[0]
+    assert raw.finish_reason == EOS
+    assert re.fullmatch(rf"(?s:.+)\n</think>\n\n({pattern})", raw.text)
+    asked.generation.output.parse_reasoning = True
+    told = await api.Generate(asked)
+    parsed = told.sequences[0]
+    assert parsed.reasoning_text and re.fullmatch(pattern, parsed.text)
+    assert told.usage.reasoning_tokens == 9 + 2
+
+
+async def test_the_model_itself_closes_its_reasoning(api: Api) -> None:
+    structured, pattern = FORMS["regex"]
+    asked = thinking(structured)
+    asked.generation.sampling.logit_bias[CLOSE] = 100
+    asked.generation.output.skip_special_tokens = False
+    sequence = (await api.Generate(asked)).sequences[0]
+    assert re.fullmatch(rf"</think>\n{{0,2}}({pattern})", sequence.text)
+    assert sequence.finish_reason == EOS
+
+
+async def test_of_a_prompt_that_has_closed_it_all_of_the_output_fits(api: Api) -> None:
+    structured, pattern = FORMS["regex"]
+    sequence = (await api.Generate(thinking(structured, THINK, 20, CLOSE, 21))).sequences[0]
+    assert re.fullmatch(pattern, sequence.text) and sequence.finish_reason == EOS
+
+
+async def test_without_reasoning_there_is_no_end_to_force(api: Api) -> None:
+    asked = request(pb.StructuredOutput(regex="a"))
+    asked.generation.stopping.max_reasoning_tokens = 5
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await api.Generate(asked)
+    error = RefusedError(caught.value)
+    assert error.reason == "INVALID_FIELD" and "only with after_reasoning" in error.message
+    assert error.field == "generation.stopping.max_reasoning_tokens"
 
 
 async def test_streamed_output_is_the_same_and_its_preparation_is_timed(api: Api) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import pre_tokenizers
 
 from mili.hub.grammars import GrammarKind
 from mili.internal.v1 import step_pb2 as pb
@@ -17,6 +18,8 @@ from tests.model_folders import EOS_TOKEN_ID, write_tokenizer
 from tests.tokenizer_folders import model_folder
 
 VOCAB_SIZE = 320
+# Byte-level tokenizers write bytes that are no letters as other characters, behind all letters.
+LINE_BREAK = sorted(pre_tokenizers.ByteLevel.alphabet()).index("Ċ")
 
 
 @pytest.fixture
@@ -36,10 +39,17 @@ def ids(text: str) -> list[int]:
     return [ord(letter) - ord("!") for letter in text]
 
 
-def prepare(grammars: Grammars, source: str, *, number: int = 1, after: Sequence[int] = ()) -> str:
+def prepare(
+    grammars: Grammars,
+    source: str,
+    *,
+    kind: pb.GrammarKind.ValueType = pb.GRAMMAR_KIND_REGEX,
+    number: int = 1,
+    after: Sequence[int] = (),
+) -> str:
     """Returns the error."""
     replies: queue.SimpleQueue[pb.Prepared] = queue.SimpleQueue()
-    grammar = pb.Grammar(kind=pb.GRAMMAR_KIND_REGEX, source=source, start_after_token_ids=after)
+    grammar = pb.Grammar(kind=kind, source=source, start_after_token_ids=after)
     grammars.prepare(pb.Prepare(id=number, grammar=grammar), replies.put)
     reply = replies.get(timeout=10)
     assert reply.id == number
@@ -123,9 +133,32 @@ def test_a_grammar_begins_behind_the_reasoning(grammars: Grammars) -> None:
     row.take(ids("r"))
     assert allowed(grammars, row) == everything - {EOS_TOKEN_ID}
     row.take(ids(">"))
-    assert allowed(grammars, row) == set(ids("x"))
+    assert allowed(grammars, row) == {*ids("x"), LINE_BREAK}
     again = admit(grammars, [9, *ids("<</r>x")])
     assert allowed(grammars, again) == {EOS_TOKEN_ID}
+
+
+SOURCES = {
+    pb.GRAMMAR_KIND_REGEX: r"/\{+",
+    pb.GRAMMAR_KIND_LARK: 'start: "/" open+\nopen: "{"',
+    pb.GRAMMAR_KIND_JSON_SCHEMA: '{"const": 7, "description": "@part }"}',
+}
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_line_breaks_may_stand_between(grammars: Grammars, kind: pb.GrammarKind.ValueType) -> None:
+    """Two, as models write them; what fits is the same behind them."""
+    assert prepare(grammars, SOURCES[kind], kind=kind, after=ids(">")) == ""
+    first = set(ids("7" if kind == pb.GRAMMAR_KIND_JSON_SCHEMA else "/"))
+    row = admit(grammars, [9, *ids(">")])
+    assert allowed(grammars, row) == {*first, LINE_BREAK}
+    row.take([LINE_BREAK])
+    assert allowed(grammars, row) == {*first, LINE_BREAK}
+    row.take([LINE_BREAK])
+    assert allowed(grammars, row) == first
+    row.take([*first])
+    assert allowed(grammars, row) <= {*ids("{"), EOS_TOKEN_ID}
+    assert not row.has_failed
 
 
 def test_tokens_that_do_not_fit_are_a_failure(grammars: Grammars) -> None:

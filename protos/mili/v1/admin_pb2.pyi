@@ -425,7 +425,7 @@ class RequestEvent(_message.Message):
     KIND_FIELD_NUMBER: _builtins.int
     DETAIL_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
-    """"queued", "placed", "cache_miss", "preempted", "worker_lost", ..."""
+    """"queued", "placed", "started", "preempted", "worker_lost", "ended", ..."""
     detail: _builtins.str
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp: ...

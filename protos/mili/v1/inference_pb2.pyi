@@ -311,7 +311,7 @@ class ChatMessage(_message.Message):
     TOOL_CALL_ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     role: _builtins.str
-    """"system", "user", "assistant", "tool" or what the template accepts."""
+    """"system", "user", "assistant", "tool" or "developer"; the template may refuse some of them."""
     content: _builtins.str
     """Templates tell "absent" from "empty"."""
     reasoning_content: _builtins.str
@@ -556,7 +556,8 @@ class StopConditions(_message.Message):
     max_reasoning_tokens: _builtins.int
     """Close the reasoning block, if it is still open after this many tokens (at least 1): a line
     break, the closing tag and an empty line are put into the output, and the model goes on behind
-    them. They count as completion tokens. Refused for a model without tags for reasoning.
+    them. They count as completion tokens. Refused for a model without tags for reasoning, with
+    top_logprobs, and with structured_output but for after_reasoning.
     """
     @_builtins.property
     def stop_sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
@@ -612,11 +613,12 @@ class OutputOptions(_message.Message):
     PARSE_TOOL_CALLS_FIELD_NUMBER: _builtins.int
     TIMING_FIELD_NUMBER: _builtins.int
     text: _builtins.bool
-    """Defaults to true."""
+    """Defaults to true. Must not be false with parse_reasoning or parse_tool_calls."""
     token_ids: _builtins.bool
     top_logprobs: _builtins.int
     """Log-probability of each generated token plus this many alternatives, up to 20; 0 = of the token
-    alone. Of the model's raw logits: no sampling parameter changes them.
+    alone. Of the model's raw logits: no sampling parameter changes them. Not with
+    max_reasoning_tokens.
     """
     prompt_top_logprobs: _builtins.int
     """The same for prompt tokens, but for the first (disables reading the prefix cache for this
@@ -699,8 +701,9 @@ class StructuredOutput(_message.Message):
     grammar: _builtins.str
     """Lark-style grammar, as llguidance has it; it begins with the rule `start`."""
     after_reasoning: _builtins.bool
-    """Apply the constraint only after the reasoning block has closed; before, everything is allowed
-    but the end of the output. Refused for a model that has no such block.
+    """Apply the constraint only after the reasoning block has closed, and up to two line breaks behind
+    it; before, everything is allowed but the end of the output. At once where the prompt has closed
+    the block. Refused, as parse_reasoning is, for a model without tags for reasoning.
     """
     @_builtins.property
     def json_object(self) -> Global___JsonObject: ...

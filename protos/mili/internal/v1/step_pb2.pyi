@@ -440,7 +440,9 @@ class Grammar(_message.Message):
     source: _builtins.str
     @_builtins.property
     def start_after_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Constrain only after this token sequence was generated (the end of reasoning)."""
+        """Constrain only after this token sequence was generated (the end of reasoning); up to two line
+        breaks may follow it first.
+        """
 
     def __init__(
         self,
