@@ -26,7 +26,21 @@ class CoalescedStream(Stream):
         self._timer: asyncio.TimerHandle | None = None
 
     def put(self, output: RequestOutput) -> None:
-        """Take one step's output."""
+        """Take one step's output. Tokens that were forced may be more than a message takes."""
+        while len(output.token_ids) > (room := self._room(output.index)):
+            first = output.first_token_index
+            # The text comes with the last of the tokens, as text that was held back does.
+            self._put(RequestOutput("", output.token_ids[:room], "", first, index=output.index))
+            rest = output.token_ids[room:]
+            output = output._replace(token_ids=rest, first_token_index=first + room)
+        self._put(output)
+
+    def _room(self, index: int) -> int:
+        """Tokens that the next message of a sequence may still take."""
+        unread = self._unread.get(index)
+        return self._flush.max_tokens - (len(unread.token_ids) if unread else 0)
+
+    def _put(self, output: RequestOutput) -> None:
         super().put(output)
         if self.finished is not None:
             self._end_messages()

@@ -197,3 +197,24 @@ async def test_each_of_several_sequences_has_messages_of_its_own(
     assert told == [(1, 0, [0, 1, 2]), (0, 0, [0, 1, 2]), (1, 3, [3, 4]), (0, 3, [3, 4])]
     assert stream.num_unread_tokens == 0 and stream.num_unread_characters == 0
     streams.close(stream)
+
+
+async def test_tokens_that_come_together_fill_messages_too(
+    streams: Streams, engine: FakeEngine
+) -> None:
+    stream = begin(streams, engine, Flush(2, NEVER))
+    await stream.take()
+    for first, text in ((0, "a"), (1, "bcde")):
+        token_ids = tuple(range(first, first + len(text)))
+        streams.deliver([RequestOutput("a", token_ids, text, first)])
+    finished = Finished(
+        Finish(FinishReason.EOS), Usage(2, 0, 8, 0), Timing(0, 0, 0, 0, 0, 0, 0, "")
+    )
+    streams.deliver([RequestOutput("a", (5, 6, 7), "fgh", 5, finished=finished)])
+    messages = [await stream.take()]
+    while not messages[-1].is_last:
+        messages.append(await stream.take())
+    told = [(each.first_token_index, each.token_ids) for each in messages]
+    assert told == [(0, [0, 1]), (2, [2, 3]), (4, [4, 5]), (6, [6, 7])]
+    assert "".join(str(each.text) for each in messages) == "abcdefgh"
+    assert stream.num_unread_tokens == 0 and stream.num_unread_characters == 0
