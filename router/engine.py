@@ -118,6 +118,11 @@ class Engine:
         return next((group.weights_sha256 for group in groups), b"")
 
     @property
+    def constrains_outputs(self) -> bool:
+        """Whether an output can be held to a grammar; False while no group takes requests."""
+        return self._fleet.takes_requests and self._fleet.constrains_outputs
+
+    @property
     def is_serving(self) -> bool:
         """Whether a group takes requests."""
         return self._fleet.takes_requests

@@ -53,6 +53,12 @@ class Fleet:
         """Whether a group does."""
         return bool(self._open)
 
+    @property
+    def constrains_outputs(self) -> bool:
+        """Whether every group that takes requests can hold an output to a grammar."""
+        groups = (self.pipelines[name].group for name in self._open)
+        return all(GRAMMARS in group.limits.capabilities for group in groups)
+
     def scheduler(self, name: str) -> Scheduler:
         return self.pipelines[name].scheduler
 
@@ -71,8 +77,7 @@ class Fleet:
         if not self._open:
             message = "every worker that serves drains"
             raise RequestError(Reason.DRAINING, message, retry_after=RETRY_AFTER)
-        groups = (self.pipelines[name].group for name in self._open)
-        if params.constraint and not all(GRAMMARS in each.limits.capabilities for each in groups):
+        if params.constraint and not self.constrains_outputs:
             message = "the workers cannot constrain the output of this model"
             field = "generation.structured_output"
             raise RequestError(Reason.UNSUPPORTED_FIELD, message, field=field)

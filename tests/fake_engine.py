@@ -55,6 +55,7 @@ class FakeEngine:
         self.context_limit = CONTEXT_LIMIT
         self.block_size = 16
         self.weights_sha256 = b"w" * 32
+        self.constrains_outputs = False
         self.deliver: Callable[[list[RequestOutput]], None] = lambda outputs: None
         self.params: dict[str, GenerationParams] = {}
         self.lengths: dict[str, int] = {}

@@ -61,6 +61,10 @@ class Engine(Protocol):
         """The weights that the workers serve; empty while none does."""
 
     @property
+    def constrains_outputs(self) -> bool:
+        """Whether the workers can hold an output to a grammar; False while none serves."""
+
+    @property
     def operations(self) -> Operations:
         """What operators may ask for."""
 

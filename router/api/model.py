@@ -52,14 +52,14 @@ class ServedModel:
             formats=read_formats(folder.chat_template, tokenizer),
         )
 
-    @property
-    def capabilities(self) -> list[str]:
-        """What a caller may ask for: the parsers of output depend on the model."""
+    def capabilities(self, *, constrained: bool) -> list[str]:
+        """What a caller may ask for; constrained: of the workers, structured output too."""
         named = {
             "generate": True,
             "embed": True,
             "score": True,
             "chat": self.folder.chat_template is not None,
+            "structured_output": constrained,
             "parse_reasoning": self.formats.reasoning is not None,
             "parse_tool_calls": self.formats.tool_calls is not None,
         }
@@ -123,6 +123,6 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             tokenizer_sha256=self._model.tokenizer_sha256,
             chat_template_sha256=self._model.chat_template_sha256,
             default_generation_config_json=folder.generation.raw_json,
-            capabilities=self._model.capabilities,
+            capabilities=self._model.capabilities(constrained=self._engine.constrains_outputs),
             kv_block_tokens=self._engine.block_size,
         )

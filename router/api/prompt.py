@@ -128,14 +128,20 @@ class PromptReader:
         return self._tokenizer.encode(given.text, add_special_tokens=special)
 
     def render(
-        self, chat: pb.ChatPrompt, path: str, max_bytes: int, *, ask: bool = True
+        self,
+        chat: pb.ChatPrompt,
+        path: str,
+        max_bytes: int,
+        *,
+        ask: bool = True,
+        too_long: Reason = Reason.CONTEXT_TOO_LONG,
     ) -> tuple[str, list[int]]:
         """Return a chat as the model's template writes it, and the text's token ids.
 
-        ask: end with the opening of the answer.
+        ask: end with the opening of the answer. too_long: why it is refused beyond max_bytes.
         """
         template = self._template
-        check_bytes(texts_of(chat), path, max_bytes)
+        check_bytes(texts_of(chat), path, max_bytes, too_long)
         messages = template_messages(chat, path, template.call_form)
         tools = template_tools(chat, path, shown=template.shows_tools)
         if chat.continue_final_message:
@@ -149,7 +155,7 @@ class PromptReader:
                 add_generation_prompt=ask and not chat.continue_final_message,
                 continue_final_message=chat.continue_final_message,
             )
-            check_bytes([text], path, max_bytes)
+            check_bytes([text], path, max_bytes, too_long)
             return text, self._tokenizer.encode(text, add_special_tokens=False)
         except ValueError as error:
             raise RequestError(Reason.INVALID_FIELD, str(error), field=path) from None

@@ -72,7 +72,11 @@ class TokenizerService(model_pb2_grpc.TokenizerServiceServicer):
     ) -> pb.RenderChatResponse:
         self._check(request, request.model)
         text, ids = await self._threads.run(
-            self._prompts.render, request.chat, "chat", _MAX_RENDERED_BYTES
+            self._prompts.render,
+            request.chat,
+            "chat",
+            _MAX_RENDERED_BYTES,
+            too_long=Reason.INVALID_FIELD,
         )
         return pb.RenderChatResponse(text=text, token_ids=ids)
 

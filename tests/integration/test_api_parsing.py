@@ -27,6 +27,8 @@ from mili.router.texts import Texts
 from mili.router.tokenizer import Tokenizer
 from mili.v1 import inference_pb2 as pb
 from mili.v1.inference_pb2_grpc import InferenceServiceStub
+from mili.v1.model_pb2 import GetModelRequest
+from mili.v1.model_pb2_grpc import ModelServiceStub
 from tests.fake_engine import EOS_TOKEN_ID, FakeEngine, make_folder, running_api
 
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
@@ -238,6 +240,16 @@ async def test_what_a_model_has_no_form_of_is_refused(tmp_path: Path) -> None:
             info = error_details_pb2.ErrorInfo()
             assert status is not None and status.details[0].Unpack(info)
             assert info.reason == "UNSUPPORTED_FIELD"
+
+
+@pytest.mark.parametrize("constrains", [False, True])
+async def test_what_can_be_asked_of_the_model(tmp_path: Path, constrains: bool) -> None:
+    async with running_api(thinking_folder(tmp_path / "m")) as (server, engine):
+        engine.constrains_outputs = constrains
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.public_port}") as channel:
+            model = (await ModelServiceStub(channel).GetModel(GetModelRequest())).model
+    always = ["generate", "embed", "score", "chat", "parse_reasoning", "parse_tool_calls"]
+    assert sorted(model.capabilities) == sorted(always + ["structured_output"] * constrains)
 
 
 async def test_parsing_needs_text(actor: Actor) -> None:

@@ -161,6 +161,11 @@ async def test_long_texts_are_tokenized_whole(public: aio.Channel) -> None:
     assert [list(each.ids) for each in plain] == [list(each.ids) for each in results]
 
 
+def chat_of(content: str) -> inference_pb2.ChatPrompt:
+    messages = [inference_pb2.ChatMessage(role="user", content=content)]
+    return inference_pb2.ChatPrompt(messages=messages)
+
+
 @pytest.mark.parametrize(
     "request_message",
     [
@@ -170,12 +175,13 @@ async def test_long_texts_are_tokenized_whole(public: aio.Channel) -> None:
         model_pb2.TokenizeRequest(texts=["x"] * 9000),
         model_pb2.TokenizeRequest(texts=["x" * 2**22, "x"]),
         model_pb2.TokenizeRequest(texts=["x" * 2**20, "x"], return_offsets=True),
+        model_pb2.RenderChatRequest(chat=chat_of("x" * 3 * 2**20)),
+        model_pb2.RenderChatRequest(chat=chat_of("x" * (3 * 2**20 - 10))),
     ],
 )
 async def test_tokenizer_limits(public: aio.Channel, request_message: Any) -> None:  # noqa: ANN401
     stub = model_pb2_grpc.TokenizerServiceStub(public)
-    is_text = isinstance(request_message, model_pb2.TokenizeRequest)
-    call = (stub.Tokenize if is_text else stub.Detokenize)(request_message)
+    call = getattr(stub, type(request_message).__name__.removesuffix("Request"))(request_message)
     assert await call.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert await reason_of(call) == "INVALID_FIELD"
 

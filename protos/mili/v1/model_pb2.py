@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from mili.v1 import inference_pb2 as mili_dot_v1_dot_inference__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13mili/v1/model.proto\x12\x07mili.v1\x1a\x17mili/v1/inference.proto\"\xe4\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61liases\x18\x02 \x03(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x14\n\x0cquantization\x18\x06 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x07 \x01(\r\x12\x19\n\x11max_output_tokens\x18\x08 \x01(\r\x12\x12\n\nvocab_size\x18\t \x01(\r\x12\x15\n\reos_token_ids\x18\n \x03(\r\x12\x18\n\x10tokenizer_sha256\x18\x0b \x01(\t\x12\x1c\n\x14\x63hat_template_sha256\x18\x0c \x01(\t\x12&\n\x1e\x64\x65\x66\x61ult_generation_config_json\x18\r \x01(\t\x12\x14\n\x0c\x63\x61pabilities\x18\x0e \x03(\t\x12\x17\n\x0fkv_block_tokens\x18\x0f \x01(\r\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"M\n\x12ListModelsResponse\x12\x1e\n\x06models\x18\x01 \x03(\x0b\x32\x0e.mili.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"1\n\x10GetModelResponse\x12\x1d\n\x05model\x18\x01 \x01(\x0b\x32\x0e.mili.v1.Model\"\x7f\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12\x16\n\x0ereturn_offsets\x18\x04 \x01(\x08\x42\x15\n\x13_add_special_tokens\"D\n\rTokenizedText\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x13\n\x0bstart_bytes\x18\x02 \x03(\r\x12\x11\n\tend_bytes\x18\x03 \x03(\r\";\n\x10TokenizeResponse\x12\'\n\x07results\x18\x01 \x03(\x0b\x32\x16.mili.v1.TokenizedText\"\x82\x01\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12$\n\ttoken_ids\x18\x02 \x03(\x0b\x32\x11.mili.v1.TokenIds\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"#\n\x12\x44\x65tokenizeResponse\x12\r\n\x05texts\x18\x01 \x03(\t\"E\n\x11RenderChatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12!\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x13.mili.v1.ChatPrompt\"5\n\x12RenderChatResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r2\x96\x01\n\x0cModelService\x12\x45\n\nListModels\x12\x1a.mili.v1.ListModelsRequest\x1a\x1b.mili.v1.ListModelsResponse\x12?\n\x08GetModel\x12\x18.mili.v1.GetModelRequest\x1a\x19.mili.v1.GetModelResponse2\xe1\x01\n\x10TokenizerService\x12?\n\x08Tokenize\x12\x18.mili.v1.TokenizeRequest\x1a\x19.mili.v1.TokenizeResponse\x12\x45\n\nDetokenize\x12\x1a.mili.v1.DetokenizeRequest\x1a\x1b.mili.v1.DetokenizeResponse\x12\x45\n\nRenderChat\x12\x1a.mili.v1.RenderChatRequest\x1a\x1b.mili.v1.RenderChatResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13mili/v1/model.proto\x12\x07mili.v1\x1a\x17mili/v1/inference.proto\"\xce\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07\x61liases\x18\x02 \x03(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\x14\n\x0c\x61rchitecture\x18\x04 \x01(\t\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x1a\n\x12max_context_tokens\x18\x07 \x01(\r\x12\x19\n\x11max_output_tokens\x18\x08 \x01(\r\x12\x12\n\nvocab_size\x18\t \x01(\r\x12\x15\n\reos_token_ids\x18\n \x03(\r\x12\x18\n\x10tokenizer_sha256\x18\x0b \x01(\t\x12\x1c\n\x14\x63hat_template_sha256\x18\x0c \x01(\t\x12&\n\x1e\x64\x65\x66\x61ult_generation_config_json\x18\r \x01(\t\x12\x14\n\x0c\x63\x61pabilities\x18\x0e \x03(\t\x12\x17\n\x0fkv_block_tokens\x18\x0f \x01(\r\":\n\x11ListModelsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"M\n\x12ListModelsResponse\x12\x1e\n\x06models\x18\x01 \x03(\x0b\x32\x0e.mili.v1.Model\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"1\n\x10GetModelResponse\x12\x1d\n\x05model\x18\x01 \x01(\x0b\x32\x0e.mili.v1.Model\"\x7f\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x03 \x01(\x08H\x00\x88\x01\x01\x12\x16\n\x0ereturn_offsets\x18\x04 \x01(\x08\x42\x15\n\x13_add_special_tokens\"D\n\rTokenizedText\x12\x0b\n\x03ids\x18\x01 \x03(\r\x12\x13\n\x0bstart_bytes\x18\x02 \x03(\r\x12\x11\n\tend_bytes\x18\x03 \x03(\r\";\n\x10TokenizeResponse\x12\'\n\x07results\x18\x01 \x03(\x0b\x32\x16.mili.v1.TokenizedText\"\x82\x01\n\x11\x44\x65tokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12$\n\ttoken_ids\x18\x02 \x03(\x0b\x32\x11.mili.v1.TokenIds\x12 \n\x13skip_special_tokens\x18\x03 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"#\n\x12\x44\x65tokenizeResponse\x12\r\n\x05texts\x18\x01 \x03(\t\"E\n\x11RenderChatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12!\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x13.mili.v1.ChatPrompt\"5\n\x12RenderChatResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r2\x96\x01\n\x0cModelService\x12\x45\n\nListModels\x12\x1a.mili.v1.ListModelsRequest\x1a\x1b.mili.v1.ListModelsResponse\x12?\n\x08GetModel\x12\x18.mili.v1.GetModelRequest\x1a\x19.mili.v1.GetModelResponse2\xe1\x01\n\x10TokenizerService\x12?\n\x08Tokenize\x12\x18.mili.v1.TokenizeRequest\x1a\x19.mili.v1.TokenizeResponse\x12\x45\n\nDetokenize\x12\x1a.mili.v1.DetokenizeRequest\x1a\x1b.mili.v1.DetokenizeResponse\x12\x45\n\nRenderChat\x12\x1a.mili.v1.RenderChatRequest\x1a\x1b.mili.v1.RenderChatResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,31 +33,31 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mili.v1.model_pb2', _global
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MODEL']._serialized_start=58
-  _globals['_MODEL']._serialized_end=414
-  _globals['_LISTMODELSREQUEST']._serialized_start=416
-  _globals['_LISTMODELSREQUEST']._serialized_end=474
-  _globals['_LISTMODELSRESPONSE']._serialized_start=476
-  _globals['_LISTMODELSRESPONSE']._serialized_end=553
-  _globals['_GETMODELREQUEST']._serialized_start=555
-  _globals['_GETMODELREQUEST']._serialized_end=586
-  _globals['_GETMODELRESPONSE']._serialized_start=588
-  _globals['_GETMODELRESPONSE']._serialized_end=637
-  _globals['_TOKENIZEREQUEST']._serialized_start=639
-  _globals['_TOKENIZEREQUEST']._serialized_end=766
-  _globals['_TOKENIZEDTEXT']._serialized_start=768
-  _globals['_TOKENIZEDTEXT']._serialized_end=836
-  _globals['_TOKENIZERESPONSE']._serialized_start=838
-  _globals['_TOKENIZERESPONSE']._serialized_end=897
-  _globals['_DETOKENIZEREQUEST']._serialized_start=900
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1030
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1032
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1067
-  _globals['_RENDERCHATREQUEST']._serialized_start=1069
-  _globals['_RENDERCHATREQUEST']._serialized_end=1138
-  _globals['_RENDERCHATRESPONSE']._serialized_start=1140
-  _globals['_RENDERCHATRESPONSE']._serialized_end=1193
-  _globals['_MODELSERVICE']._serialized_start=1196
-  _globals['_MODELSERVICE']._serialized_end=1346
-  _globals['_TOKENIZERSERVICE']._serialized_start=1349
-  _globals['_TOKENIZERSERVICE']._serialized_end=1574
+  _globals['_MODEL']._serialized_end=392
+  _globals['_LISTMODELSREQUEST']._serialized_start=394
+  _globals['_LISTMODELSREQUEST']._serialized_end=452
+  _globals['_LISTMODELSRESPONSE']._serialized_start=454
+  _globals['_LISTMODELSRESPONSE']._serialized_end=531
+  _globals['_GETMODELREQUEST']._serialized_start=533
+  _globals['_GETMODELREQUEST']._serialized_end=564
+  _globals['_GETMODELRESPONSE']._serialized_start=566
+  _globals['_GETMODELRESPONSE']._serialized_end=615
+  _globals['_TOKENIZEREQUEST']._serialized_start=617
+  _globals['_TOKENIZEREQUEST']._serialized_end=744
+  _globals['_TOKENIZEDTEXT']._serialized_start=746
+  _globals['_TOKENIZEDTEXT']._serialized_end=814
+  _globals['_TOKENIZERESPONSE']._serialized_start=816
+  _globals['_TOKENIZERESPONSE']._serialized_end=875
+  _globals['_DETOKENIZEREQUEST']._serialized_start=878
+  _globals['_DETOKENIZEREQUEST']._serialized_end=1008
+  _globals['_DETOKENIZERESPONSE']._serialized_start=1010
+  _globals['_DETOKENIZERESPONSE']._serialized_end=1045
+  _globals['_RENDERCHATREQUEST']._serialized_start=1047
+  _globals['_RENDERCHATREQUEST']._serialized_end=1116
+  _globals['_RENDERCHATRESPONSE']._serialized_start=1118
+  _globals['_RENDERCHATRESPONSE']._serialized_end=1171
+  _globals['_MODELSERVICE']._serialized_start=1174
+  _globals['_MODELSERVICE']._serialized_end=1324
+  _globals['_TOKENIZERSERVICE']._serialized_start=1327
+  _globals['_TOKENIZERSERVICE']._serialized_end=1552
 # @@protoc_insertion_point(module_scope)

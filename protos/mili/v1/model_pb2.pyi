@@ -28,7 +28,6 @@ class Model(_message.Message):
     REVISION_FIELD_NUMBER: _builtins.int
     ARCHITECTURE_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
-    QUANTIZATION_FIELD_NUMBER: _builtins.int
     MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
     VOCAB_SIZE_FIELD_NUMBER: _builtins.int
@@ -42,7 +41,6 @@ class Model(_message.Message):
     revision: _builtins.str
     architecture: _builtins.str
     dtype: _builtins.str
-    quantization: _builtins.str
     max_context_tokens: _builtins.int
     max_output_tokens: _builtins.int
     vocab_size: _builtins.int
@@ -57,8 +55,9 @@ class Model(_message.Message):
     def eos_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def capabilities(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """"generate", "chat" with a chat template, "parse_reasoning" and "parse_tool_calls" where the
-        output options of these names work.
+        """"generate", "embed", "score", "chat" with a chat template, "structured_output" while workers
+        serve that can hold an output to a form, "parse_reasoning" and "parse_tool_calls" where the
+        output options of these names work: with the first max_reasoning_tokens and after_reasoning do.
         """
 
     def __init__(
@@ -69,7 +68,6 @@ class Model(_message.Message):
         revision: _builtins.str = ...,
         architecture: _builtins.str = ...,
         dtype: _builtins.str = ...,
-        quantization: _builtins.str = ...,
         max_context_tokens: _builtins.int = ...,
         max_output_tokens: _builtins.int = ...,
         vocab_size: _builtins.int = ...,
@@ -82,7 +80,7 @@ class Model(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "architecture", b"architecture", "capabilities", b"capabilities", "chat_template_sha256", b"chat_template_sha256", "default_generation_config_json", b"default_generation_config_json", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "kv_block_tokens", b"kv_block_tokens", "max_context_tokens", b"max_context_tokens", "max_output_tokens", b"max_output_tokens", "name", b"name", "quantization", b"quantization", "revision", b"revision", "tokenizer_sha256", b"tokenizer_sha256", "vocab_size", b"vocab_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "architecture", b"architecture", "capabilities", b"capabilities", "chat_template_sha256", b"chat_template_sha256", "default_generation_config_json", b"default_generation_config_json", "dtype", b"dtype", "eos_token_ids", b"eos_token_ids", "kv_block_tokens", b"kv_block_tokens", "max_context_tokens", b"max_context_tokens", "max_output_tokens", b"max_output_tokens", "name", b"name", "revision", b"revision", "tokenizer_sha256", b"tokenizer_sha256", "vocab_size", b"vocab_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -311,7 +309,9 @@ class RenderChatRequest(_message.Message):
     CHAT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     @_builtins.property
-    def chat(self) -> _inference_pb2.ChatPrompt: ...
+    def chat(self) -> _inference_pb2.ChatPrompt:
+        """At most 3 MiB of text, before and after the template."""
+
     def __init__(
         self,
         *,
