@@ -118,6 +118,11 @@ class Engine:
         return next((group.weights_sha256 for group in groups), b"")
 
     @property
+    def max_running(self) -> int:
+        """Sequences that run together in every group; 0 while none takes requests."""
+        return self._fleet.max_running
+
+    @property
     def constrains_outputs(self) -> bool:
         """Whether an output can be held to a grammar; False while no group takes requests."""
         return self._fleet.takes_requests and self._fleet.constrains_outputs

@@ -54,6 +54,11 @@ class Fleet:
         return bool(self._open)
 
     @property
+    def max_running(self) -> int:
+        """Sequences that run together in every group that takes requests; 0 while none does."""
+        return min((scheduler.max_running for scheduler in self._open.values()), default=0)
+
+    @property
     def constrains_outputs(self) -> bool:
         """Whether every group that takes requests can hold an output to a grammar."""
         groups = (self.pipelines[name].group for name in self._open)
@@ -85,7 +90,7 @@ class Fleet:
         if length >= self.context_limit:
             message = f"the prompt has {length} tokens; at most {self.context_limit - 1} fit"
             raise RequestError(Reason.CONTEXT_TOO_LONG, message, field="generation.prompt")
-        most = min(scheduler.max_running for scheduler in self._open.values())
+        most = self.max_running
         if params.num_sequences > most:
             message = f"num_sequences is {params.num_sequences}; at most {most} run together"
             field = "generation.sampling.num_sequences"

@@ -56,6 +56,7 @@ class FakeEngine:
         self.block_size = 16
         self.weights_sha256 = b"w" * 32
         self.constrains_outputs = False
+        self.max_running = 256
         self.deliver: Callable[[list[RequestOutput]], None] = lambda outputs: None
         self.params: dict[str, GenerationParams] = {}
         self.lengths: dict[str, int] = {}

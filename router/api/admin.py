@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from mili.router.api.durations import to_positive_seconds, to_seconds
-from mili.router.api.engine import Operations
+from mili.router.api.engine import Engine
 from mili.router.api.events import to_timing, to_usage
 from mili.router.api.model import ServedModel, revision
 from mili.router.api.pins import Pins
@@ -56,11 +56,15 @@ class WorkerStatus(NamedTuple):
 
 
 class ServerInfo(NamedTuple):
-    """What a process says of itself. startup_phases: name and seconds, in order."""
+    """What a process says of itself. startup_phases: name and seconds, in order.
+
+    limits: those that it was started with.
+    """
 
     instance_id: str
     start_time: datetime
     startup_phases: Sequence[tuple[str, float]]
+    limits: pb.ServerLimits
 
 
 class AdminService(admin_pb2_grpc.AdminServiceServicer):
@@ -69,7 +73,7 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     def __init__(
         self,
         *,
-        operations: Operations,
+        engine: Engine,
         model: ServedModel,
         pins: Pins,
         tenants: Tenants,
@@ -77,7 +81,8 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
         info: ServerInfo,
         clock: Callable[[], float],
     ) -> None:
-        self._operations = operations
+        self._engine = engine
+        self._operations = engine.operations
         self._model = model
         self._pins = pins
         self._tenants = tenants
@@ -88,7 +93,13 @@ class AdminService(admin_pb2_grpc.AdminServiceServicer):
     async def GetServer(  # noqa: N802
         self, request: pb.GetServerRequest, context: Context
     ) -> pb.GetServerResponse:
+        limits = pb.ServerLimits(
+            max_context_tokens=self._engine.context_limit,
+            max_running_sequences=self._engine.max_running,
+        )
+        limits.MergeFrom(self._info.limits)
         return pb.GetServerResponse(
+            limits=limits,
             version=version("mili"),
             instance_id=self._info.instance_id,
             start_time=_timestamp(self._info.start_time),

@@ -61,6 +61,10 @@ class Engine(Protocol):
         """The weights that the workers serve; empty while none does."""
 
     @property
+    def max_running(self) -> int:
+        """Sequences that run together on a worker; 0 while none takes requests."""
+
+    @property
     def constrains_outputs(self) -> bool:
         """Whether the workers can hold an output to a grammar; False while none serves."""
 

@@ -30,6 +30,7 @@ from mili.router.api.passes import Passes
 from mili.router.api.pins import Pins
 from mili.router.api.prompt import PromptReader, TextThreads
 from mili.router.api.reflection import add_reflection
+from mili.router.api.status import duration
 from mili.router.api.streams import Streams
 from mili.router.api.structured import StructuredOutputs
 from mili.router.api.tokenizer_service import TokenizerService
@@ -135,12 +136,12 @@ class ApiServer:
         self._model = ModelService(engine, model)
         self._tokenizer = TokenizerService(model, tokenizer, prompts, self._threads)
         self._admin = AdminService(
-            operations=engine.operations,
+            engine=engine,
             model=model,
             pins=Pins(engine, self._streams, defaults, prompts, self._threads),
             tenants=tenants,
             list_workers=list_workers,
-            info=ServerInfo(self.instance_id, datetime.now(UTC), startup_phases),
+            info=ServerInfo(self.instance_id, datetime.now(UTC), startup_phases, _limits(config)),
             clock=clock,
         )
 
@@ -225,3 +226,13 @@ class ApiServer:
 
 def _service_names(files: Iterable[FileDescriptor]) -> list[str]:
     return [service.full_name for file in files for service in file.services_by_name.values()]
+
+
+def _limits(config: RouterConfig) -> admin_pb2.ServerLimits:
+    return admin_pb2.ServerLimits(
+        max_queued_requests=config.max_queued_requests,
+        max_queue_time=duration(config.max_queue_time),
+        max_unread_tokens=config.max_unread_tokens,
+        max_concurrent_rpcs=config.max_concurrent_rpcs,
+        max_message_bytes=MAX_MESSAGE_BYTES,
+    )

@@ -25,6 +25,7 @@ from grpc_status import rpc_status
 
 from mili.router.api.admin import WorkerStatus
 from mili.router.api.server import ApiServer
+from mili.router.config import RouterConfig
 from mili.router.tokenizer import Tokenizer
 from mili.router.worker_group import WorkerState
 from mili.v1 import (
@@ -238,6 +239,12 @@ async def test_the_server(admin: aio.Channel, api: Api) -> None:
     assert not server.workers
     (phase,) = server.startup_phases
     assert (phase.name, phase.duration.nanos) == ("read model", 250_000_000)
+    limits, config = server.limits, RouterConfig(model="m")
+    assert (limits.max_context_tokens, limits.max_running_sequences) == (CONTEXT_LIMIT, 256)
+    for name in ("max_queued_requests", "max_unread_tokens", "max_concurrent_rpcs"):
+        assert getattr(limits, name) == getattr(config, name) > 0
+    assert limits.max_queue_time.ToMilliseconds() == 1000 * config.max_queue_time
+    assert limits.max_message_bytes == 16 * 2**20
 
 
 async def test_the_workers(admin: aio.Channel, api: Api) -> None:
@@ -264,6 +271,7 @@ async def test_the_workers(admin: aio.Channel, api: Api) -> None:
     assert (first.name, first.state) == ("w0", admin_pb2.WORKER_STATE_SERVING)
     assert first.last_heartbeat.ToMilliseconds() == 1_700_000_000_500
     assert (first.kv_blocks_total, first.kv_blocks_free, first.kv_blocks_cached) == (9, 5, 3)
+    assert (first.instance_id, first.running_sequences) == ("i", 1)
     assert first.model == "tiny"
     assert first.model_revision == "ab" * 8
     phases = [(phase.name, phase.duration.ToMilliseconds()) for phase in first.startup_phases]

@@ -560,8 +560,13 @@ def test_a_grammar_that_fails_on_the_way_ends_the_request_alone() -> None:
 def test_workers_without_grammars_are_asked_for_none() -> None:
     harness = Harness(1)
     group = harness.groups[0]
+    assert not harness.engine.constrains_outputs and not harness.engine.max_running
+    harness.engine.on_ready(group)
+    assert harness.engine.constrains_outputs and harness.engine.max_running
+    harness.engine.on_lost(group, "for the test", died=False)
     group.limits = group.limits._replace(capabilities=frozenset())
     harness.engine.on_ready(group)
+    assert not harness.engine.constrains_outputs
     with pytest.raises(RequestError) as refused:
         harness.engine.submit("a", params(LONG, grammar="2"))
     assert refused.value.reason == Reason.UNSUPPORTED_FIELD

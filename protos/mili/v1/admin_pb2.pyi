@@ -96,6 +96,7 @@ class GetServerResponse(_message.Message):
     START_TIME_FIELD_NUMBER: _builtins.int
     STARTUP_PHASES_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     instance_id: _builtins.str
     """New on every process start: tells a restart from a lost connection."""
@@ -107,6 +108,8 @@ class GetServerResponse(_message.Message):
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Worker]:
         """As ListWorkers has them."""
 
+    @_builtins.property
+    def limits(self) -> Global___ServerLimits: ...
     def __init__(
         self,
         *,
@@ -115,14 +118,62 @@ class GetServerResponse(_message.Message):
         start_time: _timestamp_pb2.Timestamp | None = ...,
         startup_phases: _abc.Iterable[Global___StartupPhase] | None = ...,
         workers: _abc.Iterable[Global___Worker] | None = ...,
+        limits: Global___ServerLimits | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance_id", b"instance_id", "start_time", b"start_time", "startup_phases", b"startup_phases", "version", b"version", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instance_id", b"instance_id", "limits", b"limits", "start_time", b"start_time", "startup_phases", b"startup_phases", "version", b"version", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetServerResponse: _TypeAlias = GetServerResponse  # noqa: Y015
+
+@_typing.final
+class ServerLimits(_message.Message):
+    """What is refused beyond it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_CONTEXT_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_RUNNING_SEQUENCES_FIELD_NUMBER: _builtins.int
+    MAX_QUEUED_REQUESTS_FIELD_NUMBER: _builtins.int
+    MAX_QUEUE_TIME_FIELD_NUMBER: _builtins.int
+    MAX_UNREAD_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_CONCURRENT_RPCS_FIELD_NUMBER: _builtins.int
+    MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
+    max_context_tokens: _builtins.int
+    """Prompt and output together; what the smallest worker holds."""
+    max_running_sequences: _builtins.int
+    """That run together on a worker; 0 while none takes requests."""
+    max_queued_requests: _builtins.int
+    max_unread_tokens: _builtins.int
+    """That may wait for the reader of a stream."""
+    max_concurrent_rpcs: _builtins.int
+    """Calls that may be open on a port, health checks apart."""
+    max_message_bytes: _builtins.int
+    """Of a request and of an answer."""
+    @_builtins.property
+    def max_queue_time(self) -> _duration_pb2.Duration:
+        """Of a request that does not say how long it would wait."""
+
+    def __init__(
+        self,
+        *,
+        max_context_tokens: _builtins.int = ...,
+        max_running_sequences: _builtins.int = ...,
+        max_queued_requests: _builtins.int = ...,
+        max_queue_time: _duration_pb2.Duration | None = ...,
+        max_unread_tokens: _builtins.int = ...,
+        max_concurrent_rpcs: _builtins.int = ...,
+        max_message_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["max_queue_time", b"max_queue_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_concurrent_rpcs", b"max_concurrent_rpcs", "max_context_tokens", b"max_context_tokens", "max_message_bytes", b"max_message_bytes", "max_queue_time", b"max_queue_time", "max_queued_requests", b"max_queued_requests", "max_running_sequences", b"max_running_sequences", "max_unread_tokens", b"max_unread_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServerLimits: _TypeAlias = ServerLimits  # noqa: Y015
 
 @_typing.final
 class StartupPhase(_message.Message):

@@ -87,7 +87,7 @@ class AdminServiceServicer:
     """
 
     def GetServer(self, request, context):
-        """Identity, build, limits, and how long the start took, here and in each worker.
+        """Identity, version, limits, and how long the start took, here and in each worker.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,7 +34,7 @@ class AdminServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdminServiceAsyncStub: ...
     GetServer: _grpc.UnaryUnaryMultiCallable[_admin_pb2.GetServerRequest, _admin_pb2.GetServerResponse]
-    """Identity, build, limits, and how long the start took, here and in each worker."""
+    """Identity, version, limits, and how long the start took, here and in each worker."""
     WatchLoad: _grpc.UnaryStreamMultiCallable[_admin_pb2.WatchLoadRequest, _admin_pb2.WatchLoadResponse]
     """Router and worker load now, then on every change or interval."""
     ListWorkers: _grpc.UnaryUnaryMultiCallable[_admin_pb2.ListWorkersRequest, _admin_pb2.ListWorkersResponse]
@@ -58,7 +58,7 @@ class AdminServiceAsyncStub(AdminServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetServer: _aio.UnaryUnaryMultiCallable[_admin_pb2.GetServerRequest, _admin_pb2.GetServerResponse]  # type: ignore[assignment]
-    """Identity, build, limits, and how long the start took, here and in each worker."""
+    """Identity, version, limits, and how long the start took, here and in each worker."""
     WatchLoad: _aio.UnaryStreamMultiCallable[_admin_pb2.WatchLoadRequest, _admin_pb2.WatchLoadResponse]  # type: ignore[assignment]
     """Router and worker load now, then on every change or interval."""
     ListWorkers: _aio.UnaryUnaryMultiCallable[_admin_pb2.ListWorkersRequest, _admin_pb2.ListWorkersResponse]  # type: ignore[assignment]
@@ -85,7 +85,7 @@ class AdminServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _admin_pb2.GetServerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_admin_pb2.GetServerResponse, _abc.Awaitable[_admin_pb2.GetServerResponse]]:
-        """Identity, build, limits, and how long the start took, here and in each worker."""
+        """Identity, version, limits, and how long the start took, here and in each worker."""
 
     @_abc_1.abstractmethod
     def WatchLoad(
