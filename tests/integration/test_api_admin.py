@@ -188,6 +188,19 @@ async def test_pin_and_unpin(
     assert (await refused(again))[0] == "PIN_NOT_FOUND"
 
 
+async def test_a_prefix_of_token_ids_is_pinned_as_it_is(
+    operator: Any,  # noqa: ANN401
+    engine: FakeEngine,
+    tenants: Sequence[Tenant],
+) -> None:
+    ids = [*range(20, 40)]
+    call = operator.PinPrefix(prefix(tenants, token_ids=inference_pb2.TokenIds(ids=ids)))
+    await engine.submitted.get()
+    await engine.run()
+    assert (await call).pinned_tokens == 16
+    assert engine.pins["pin"][1] == ids
+
+
 async def test_a_pinned_chat_does_not_open_the_answer(
     operator: Any,  # noqa: ANN401
     engine: FakeEngine,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -145,6 +146,22 @@ REFUSED: list[tuple[str, Any, str, str]] = [
     ("Score", pb.ScoreRequest(continuations=[given(1)]), "INVALID_FIELD", "context"),
     (
         "Score",
+        pb.ScoreRequest(model="x", context=given(1), continuations=[given(1)]),
+        "MODEL_NOT_FOUND",
+        "model",
+    ),
+    (
+        "Score",
+        pb.ScoreRequest(
+            context=given(1),
+            continuations=[given(1)],
+            scheduling=inference_pb2.SchedulingHints(session_id="x" * 129),
+        ),
+        "INVALID_FIELD",
+        "scheduling.session_id",
+    ),
+    (
+        "Score",
         pb.ScoreRequest(context=given(), continuations=[given(1)]),
         "INVALID_FIELD",
         "context",
@@ -175,6 +192,27 @@ async def test_what_is_refused(
 ) -> None:
     assert await refusal(getattr(stub, method)(request_)) == (reason, field)
     assert not engine.params
+
+
+@pytest.mark.parametrize("method", ["Embed", "Score"])
+async def test_every_pass_is_scheduled_as_asked(
+    stub: Stub, engine: FakeEngine, method: str
+) -> None:
+    hints = inference_pb2.SchedulingHints(priority=7, session_id="chat 5")
+    hints.max_queue_time.FromMilliseconds(1500)
+    requests = {
+        "Embed": pb.EmbedRequest(model="demo", inputs=[given(1), given(2)], scheduling=hints),
+        "Score": pb.ScoreRequest(
+            model="demo", context=given(1), continuations=[given(1), given(2)], scheduling=hints
+        ),
+    }
+    before = time.monotonic()
+    await answered(getattr(stub, method)(requests[method], timeout=30), engine)
+    scheduled = [params.scheduling for params in engine.params.values()]
+    assert len(scheduled) == 2
+    for each in scheduled:
+        assert (each.priority, each.session_id, each.max_queue_time) == (7, "chat 5", 1.5)
+        assert before < each.deadline < before + 40
 
 
 async def test_one_that_fails_ends_all(stub: Stub, engine: FakeEngine) -> None:

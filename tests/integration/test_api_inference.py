@@ -99,6 +99,9 @@ async def test_one_stream(stub: Stub, engine: FakeEngine) -> None:
     assert (finished.usage.completion_tokens, finished.usage.recomputed_tokens) == (3, 3)
     assert finished.timing.time_to_first_token.nanos == 750_000_000
     assert (finished.timing.total.seconds, finished.timing.worker) == (2, "w0")
+    spans = (finished.timing.queue, finished.timing.prefill, finished.timing.decode)
+    assert [span.ToMilliseconds() for span in spans] == [500, 250, 1500]
+    assert (finished.timing.preemptions, finished.timing.recoveries) == (1, 0)
     assert await call.code() is grpc.StatusCode.OK
 
 

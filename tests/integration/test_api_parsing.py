@@ -133,6 +133,8 @@ async def test_whole_and_streamed_say_the_same(actor: Actor, tags: bool) -> None
         for part in delta.tool_calls:
             if part.position == len(told.tool_calls):
                 told.tool_calls.add(id=part.id, name=part.name)
+            else:
+                assert not (part.id or part.name), "they come with the first fragment"
             told.tool_calls[part.position].arguments_json += part.arguments_json_fragment
         last = response.event
     await saying
@@ -140,6 +142,7 @@ async def test_whole_and_streamed_say_the_same(actor: Actor, tags: bool) -> None
     assert last.finished.usage.reasoning_tokens == usage.reasoning_tokens
     assert num_tokens == len(tokens)
     assert [(c.name, c.arguments_json) for c in told.tool_calls] == calls
+    assert len({call.id for call in told.tool_calls if call.id}) == 2
     assert (told.text, told.reasoning_text) == ("Well.", "hm")
 
 

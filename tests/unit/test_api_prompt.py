@@ -223,6 +223,23 @@ def test_tools_and_calls_reach_the_template(tmp_path: Path) -> None:
     )
 
 
+def test_names_and_ids_reach_the_template(tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{{ m.role }}/{{ m.name | default('-') }}/"
+        "{{ m.tool_call_id | default('-') }}"
+        "{% for c in m.tool_calls or [] %}/{{ c.function.name }}={{ c.id | default('-') }}"
+        "{% endfor %};{% endfor %}"
+    )
+    calls = [pb.ToolCall(id="call_7", name="f"), pb.ToolCall(name="g")]
+    prompt = asked(
+        pb.ChatMessage(role="assistant", tool_calls=calls),
+        pb.ChatMessage(role="tool", tool_call_id="call_7", name="f", content="1"),
+        pb.ChatMessage(role="user", name="Ada", content="And?"),
+    )
+    text = rendered(tmp_path, prompt, template)
+    assert text == "user/-/-;assistant/-/-/f=call_7/g=-;tool/f/call_7;user/Ada/-;"
+
+
 @pytest.mark.parametrize(
     ("template", "expected"),
     [
