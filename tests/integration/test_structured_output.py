@@ -74,7 +74,8 @@ async def test_outputs_of_random_schemas_parse_and_validate(api: Api) -> None:
 
 @pytest.mark.slow
 async def test_500_random_schemas_on_the_demo_model(tmp_path: Path) -> None:
-    with serving(pull("smollm2-135m"), tmp_path / "log") as served:
+    patient = {"MILI_MAX_QUEUE_TIME": "100"}
+    with serving(pull("smollm2-135m"), tmp_path / "log", **patient) as served:
         async with grpc.aio.insecure_channel(served.address) as channel:
             for first in range(0, 500, 50):
                 await check_schemas(InferenceServiceStub(channel), range(first, first + 50))
