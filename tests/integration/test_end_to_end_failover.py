@@ -20,6 +20,7 @@ from tests.serving import STEADY, Served, serving
 from tests.streams import (
     Told,
     ends,
+    list_workers,
     make_jobs,
     read_all,
     states,
@@ -28,7 +29,8 @@ from tests.streams import (
     until_states,
 )
 
-JOBS = make_jobs(16, max_tokens=300)
+# Long, so that a worker that is slow to begin does not find the other's streams ended.
+JOBS = make_jobs(16, max_tokens=900)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,11 @@ def undisturbed(served: Served) -> list[Told]:
             return list(map(told, await ends(await read_all(client, JOBS, 0))))
 
     return asyncio.run(run())
+
+
+async def busiest(admin: str) -> str:
+    """The name of the worker on which most sequences run."""
+    return max(await list_workers(admin), key=lambda worker: worker.running_sequences).name
 
 
 @contextmanager
@@ -135,8 +142,10 @@ async def test_streams_of_a_worker_that_stands_still_move_to_another(
         await until_states(served.admin, worker_0="SERVING", worker_1="SERVING")
         async with AsyncClient(served.address) as client:
             readings = await read_all(client, JOBS, 20)
-            worker = served.children("worker")[0]
-            name = worker.environ()["MILI_NAME"]
+            name = await busiest(served.admin)
+            (worker,) = (
+                child for child in served.children("worker") if child.environ()["MILI_NAME"] == name
+            )
             with stopped(worker):
                 generations = await ends(readings)
                 assert (await states(served.admin))[name] == "LOST"
