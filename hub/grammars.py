@@ -81,12 +81,14 @@ class GrammarCompiler:
         """Return a matcher at its beginning, whose first mask is known to allow something.
 
         after_breaks: up to two line breaks may come before what fits, as models write them behind
-        their reasoning. A copy of the matcher, deep_copy(), costs microseconds. Raises
+        their reasoning; what is wrong without them is wrong with them. A copy of the matcher, deep_copy(), costs microseconds. Raises
         GrammarError. Leaves the GIL to others for most of the time.
         """
         grammar = _to_llguidance(kind, source)
-        if after_breaks:
-            grammar = _after_breaks(kind, grammar)
+        matcher = self._begin(grammar)
+        return self._begin(_after_breaks(kind, grammar)) if after_breaks else matcher
+
+    def _begin(self, grammar: str) -> LLMatcher:
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
         _check(matcher)
         matcher.compute_bitmask()

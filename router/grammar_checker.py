@@ -70,8 +70,8 @@ class GrammarChecker:
     async def _verdict(self, constraint: Constraint) -> Answer:
         if self._unusable:
             return self._unusable
-        source = f"{constraint.kind} {constraint.source}".encode()
-        key = hashlib.sha256(source).digest()
+        question = f"{constraint.kind} {constraint.after_breaks} {constraint.source}"
+        key = hashlib.sha256(question.encode()).digest()
         if known := self._verdicts.get(key):
             self._verdicts.move_to_end(key)
             return known
@@ -98,7 +98,9 @@ class GrammarChecker:
         self._num_asked += 1
         self._asked[self._num_asked] = key
         assert process.stdin is not None
-        header = QUESTION.pack(self._num_asked, constraint.kind, len(source))
+        header = QUESTION.pack(
+            self._num_asked, constraint.kind, constraint.after_breaks, len(source)
+        )
         process.stdin.write(header + source)
 
     async def _start(self) -> Process:

@@ -12,15 +12,18 @@ import resource
 import selectors
 import signal
 import sys
+from collections.abc import Callable
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from struct import Struct
 
 from mili.hub.grammars import GrammarCompiler, GrammarError, GrammarKind
 
-# A question: number, kind, bytes of the source that follows. An answer: number, verdict, bytes of
-# the message that follows. The first answer, of number 0, says whether the tokenizer can be used.
-QUESTION = ANSWER = Struct("<IBI")
+# A question: number, kind, whether line breaks may come first, bytes of the source that follows. An
+# answer: number, verdict, bytes of the message that follows. The first answer, of number 0, says
+# whether the tokenizer can be used.
+QUESTION, ANSWER = Struct("<IB?I"), Struct("<IBI")
 CPU_SECONDS = 1
 MEMORY_BYTES = 256 * 1024 * 1024
 # However busy the machine is.
@@ -65,12 +68,18 @@ class Trials:
         header = _read(QUESTION.size)
         if len(header) < QUESTION.size:
             return False
-        number, kind, size = QUESTION.unpack(header)
+        number, kind, after_breaks, size = QUESTION.unpack(header)
         source = _read(size)
         reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
-            _try(self._compiler, GrammarKind(kind), source.decode(), writer)
+            compiled = partial(
+                self._compiler.compile,
+                GrammarKind(kind),
+                source.decode(),
+                after_breaks=after_breaks,
+            )
+            _try(compiled, writer)
         os.close(writer)
         self._running[reader] = number, child
         self._selector.register(reader, selectors.EVENT_READ)
@@ -100,7 +109,7 @@ def answer(number: int, verdict: Verdict, message: str) -> None:
     sys.stdout.buffer.flush()
 
 
-def _try(compiler: GrammarCompiler, kind: GrammarKind, source: str, writer: int) -> None:
+def _try(compiled: Callable[[], object], writer: int) -> None:
     """Compile within the limits, say what came of it, and end. Never returns."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # a panic's last words
@@ -112,7 +121,7 @@ def _try(compiler: GrammarCompiler, kind: GrammarKind, source: str, writer: int)
         signal.alarm(WALL_SECONDS)
         verdict, message = Verdict.GOOD, ""
         try:
-            compiler.compile(kind, source)
+            compiled()
         except GrammarError as error:
             verdict = Verdict.TOO_COMPLEX if error.too_complex else Verdict.INVALID
             message = str(error)

@@ -45,6 +45,11 @@ class Constraint(NamedTuple):
     source: str
     start_after_token_ids: tuple[int, ...] = ()
 
+    @property
+    def after_breaks(self) -> bool:
+        """Whether line breaks may come before what fits."""
+        return bool(self.start_after_token_ids)
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationParams:

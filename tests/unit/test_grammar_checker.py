@@ -19,7 +19,7 @@ from mili.hub.folder import ModelFolder
 from mili.internal.v1.step_pb2 import GRAMMAR_KIND_LARK, GRAMMAR_KIND_REGEX
 from mili.router import grammar_checker
 from mili.router.errors import Reason, RequestError
-from mili.router.grammar_checker import GrammarChecker
+from mili.router.grammar_checker import Answer, GrammarChecker
 from mili.router.grammar_process import ANSWER, QUESTION, Verdict
 from mili.router.params import Constraint
 from tests.fake_engine import make_folder
@@ -68,6 +68,25 @@ async def test_good_ones_pass_and_wrong_ones_are_refused_with_the_cause(
     assert "unclosed group" in error.message
 
 
+@pytest.mark.parametrize("source", [r"[^\s\S]", "(a"])
+async def test_what_is_wrong_alone_is_wrong_behind_reasoning_too(
+    checker: GrammarChecker, source: str
+) -> None:
+    error = await refused(checker, regex(source)._replace(start_after_token_ids=(7,)))
+    assert error.reason == Reason.GRAMMAR_INVALID
+
+
+async def test_no_grammar_can_name_what_it_becomes_a_part_of(checker: GrammarChecker) -> None:
+    grammar = Constraint(GRAMMAR_KIND_LARK, 'start: "a" | @part', (7,))
+    assert (await refused(checker, grammar)).reason == Reason.GRAMMAR_INVALID
+
+
+async def test_behind_reasoning_it_is_another_question(checker: GrammarChecker) -> None:
+    for after in ((), (7,), (8,)):
+        await checker.check(regex("x")._replace(start_after_token_ids=after), FIELD)
+    assert checker._num_asked == 2
+
+
 async def test_a_bomb_is_refused_and_holds_up_neither_the_loop_nor_others(
     checker: GrammarChecker,
 ) -> None:
@@ -83,14 +102,14 @@ async def test_a_bomb_is_refused_and_holds_up_neither_the_loop_nor_others(
     assert "more than 1 s" in error.message
 
 
-def test_what_takes_too_much_memory_is_too_complex(folder: ModelFolder) -> None:
-    source = b"(((a{1000}){1000}){1000})"
+def answer_of(patch: str, folder: ModelFolder, source: bytes, *, after_breaks: bool) -> Answer:
+    """What a process says, at whose beginning a line of code is run."""
     code = (
         "from mili.router import grammar_process as process\n"
-        "process.MEMORY_BYTES = 4 << 20\n"
+        f"{patch}\n"
         f"process.main({str(folder.tokenizer_path)!r}, {str(folder.vocab_size)!r}, '258')"
     )
-    question = QUESTION.pack(7, GRAMMAR_KIND_REGEX, len(source)) + source
+    question = QUESTION.pack(7, GRAMMAR_KIND_REGEX, after_breaks, len(source)) + source
     with subprocess.Popen(
         [sys.executable, "-P", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
@@ -99,10 +118,31 @@ def test_what_takes_too_much_memory_is_too_complex(folder: ModelFolder) -> None:
         process.stdin.flush()
         assert ANSWER.unpack(process.stdout.read(ANSWER.size)) == (0, Verdict.GOOD, 0)
         number, verdict, size = ANSWER.unpack(process.stdout.read(ANSWER.size))
-        assert (number, verdict) == (7, Verdict.TOO_COMPLEX)
-        assert b"MiB" in process.stdout.read(size)
+        assert number == 7
+        message = process.stdout.read(size).decode()
         process.stdin.close()
         assert process.wait(10) == 0
+    return Verdict(verdict), message
+
+
+def test_what_takes_too_much_memory_is_too_complex(folder: ModelFolder) -> None:
+    source = b"(((a{1000}){1000}){1000})"
+    patch = "process.MEMORY_BYTES = 4 << 20"
+    verdict, message = answer_of(patch, folder, source, after_breaks=False)
+    assert verdict is Verdict.TOO_COMPLEX and "MiB" in message
+
+
+@pytest.mark.parametrize("after_breaks", [False, True])
+def test_what_is_tried_is_what_the_worker_prepares(folder: ModelFolder, after_breaks: bool) -> None:
+    """With the line breaks that may come before an answer, where they may."""
+    patch = (
+        "from mili.hub.grammars import GrammarError\n"
+        "def compile(self, kind, source, *, after_breaks=False):\n"
+        "    raise GrammarError(f'{source} {after_breaks}', too_complex=False)\n"
+        "process.GrammarCompiler.compile = compile"
+    )
+    answer = answer_of(patch, folder, b"a+", after_breaks=after_breaks)
+    assert answer == (Verdict.INVALID, f"a+ {after_breaks}")
 
 
 async def test_the_same_question_is_asked_once(checker: GrammarChecker) -> None:
