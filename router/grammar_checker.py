@@ -134,7 +134,9 @@ class GrammarChecker:
         self._verdicts[key] = answer
         if len(self._verdicts) > MAX_VERDICTS:
             self._verdicts.popitem(last=False)
-        self._pending.pop(key).set_result(answer)
+        # Nobody waits for it where an earlier process was lost while this was on its way to it.
+        if future := self._pending.pop(key, None):
+            future.set_result(answer)
 
     def _lose(self, cause: str) -> None:
         """The process is gone: who waits is told so, and the next question starts another."""

@@ -181,6 +181,17 @@ async def test_a_process_that_dies_is_told_of_and_replaced(checker: GrammarCheck
     assert len(helpers()) == 1
 
 
+async def test_a_question_that_was_on_its_way_when_the_process_died_hurts_nobody(
+    checker: GrammarChecker,
+) -> None:
+    first = asyncio.create_task(refused(checker, regex("x")))
+    await asyncio.sleep(0)  # it will ask, and has not yet
+    checker._lose("the process has ended")
+    assert (await first).reason == Reason.INTERNAL
+    again = [checker.check(regex(source), FIELD) for source in "xyz"]
+    await asyncio.wait_for(asyncio.gather(*again), 20)
+
+
 async def test_the_process_starts_with_the_first_question_and_ends_with_the_router(
     folder: ModelFolder,
 ) -> None:
