@@ -189,4 +189,7 @@ def _prepare(
         ready[number] = _Ready(matcher, start_after)
     except (GrammarError, ValueError) as problem:
         error = str(problem)
+    except BaseException as problem:  # the library panics with one; an answer must come
+        log.exception("a grammar could not be prepared")
+        error = f"{type(problem).__name__} while it was prepared"
     reply(Prepared(id=number, error=error))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
 
-from mili.hub.grammars import GrammarKind
+from mili.hub.grammars import GrammarCompiler, GrammarKind
 from mili.internal.v1 import step_pb2 as pb
 from mili.worker.grammars import Grammars, RowGrammar
 from tests.model_folders import EOS_TOKEN_ID, write_tokenizer
@@ -54,6 +54,21 @@ def prepare(
     reply = replies.get(timeout=10)
     assert reply.id == number
     return reply.error
+
+
+def test_a_library_that_breaks_down_is_answered(
+    grammars: Grammars, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it panics with is no Exception; and who waits for the answer would wait for ever."""
+
+    class PanicError(BaseException):
+        pass
+
+    def panic(*_: object, **__: object) -> None:
+        raise PanicError("the grammar's text")
+
+    monkeypatch.setattr(GrammarCompiler, "compile", panic)
+    assert prepare(grammars, "a") == "PanicError while it was prepared"
 
 
 def admit(
