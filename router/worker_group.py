@@ -18,6 +18,7 @@ from mili.internal.v1.step_pb2 import (
     WORKER_PHASE_WARMING,
     Admission,
     Prepare,
+    Prepared,
     Ready,
     RouterFrame,
     StepCommand,
@@ -62,6 +63,8 @@ class WorkerGroup:
         self._in_flight: deque[_InFlight] = deque()
         # That sample nothing, though the model is read where others sample.
         self._silent_rows: set[int] = set()
+        # What is being prepared, by its number: the ranks that have not answered.
+        self._preparing: dict[int, set[int]] = {}
 
     @property
     def state(self) -> WorkerState:
@@ -119,9 +122,22 @@ class WorkerGroup:
 
     def prepare(self, prepare: Prepare) -> None:
         """Ask every rank for what must be ready before a command names it; or release it."""
+        if not prepare.release:
+            self._preparing[prepare.id] = set(self.ranks)
         for peer in self.ranks.values():
             peer.queue(RouterFrame(prepare=prepare))
             peer.flush(self._send)
+
+    def prepared(self, rank: int, prepared: Prepared) -> bool:
+        """A rank answers; whether that settles it: all have it ready, or the first refuses it."""
+        unanswered = self._preparing.get(prepared.id)
+        if unanswered is None:
+            return False
+        unanswered.discard(rank)
+        if unanswered and not prepared.error:
+            return False
+        del self._preparing[prepared.id]
+        return True
 
     def _admit(self, admission: Admission) -> None:
         if admission.task in (TASK_EMBED, TASK_SCORE):
@@ -164,6 +180,7 @@ class WorkerGroup:
         self._limits = None
         self._in_flight.clear()
         self._silent_rows.clear()
+        self._preparing.clear()
         return served
 
     def hung(self, peer: WorkerPeer, timeout: float, now: float) -> str | None:

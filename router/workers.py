@@ -190,9 +190,9 @@ class Workers:
         self._events.on_result(group, result)
 
     def _on_prepared(self, peer: WorkerPeer, prepared: Prepared) -> None:
-        """As with results the first rank counts: it is the one that samples."""
+        """A command goes to every rank: none may name what one of them does not have ready."""
         group = self._roster.group_of(peer)
-        if peer.rank == 0 and group.state == WorkerState.SERVING:
+        if group.prepared(peer.rank, prepared):
             self._events.on_prepared(group, prepared)
 
     def _on_ready(self, peer: WorkerPeer, ready: Ready, now: float) -> None:

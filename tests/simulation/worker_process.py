@@ -21,7 +21,6 @@ from mili.internal.v1.step_pb2 import (
     Failure,
     Heartbeat,
     Hello,
-    Prepared,
     Ready,
     RouterFrame,
     StepCommand,
@@ -233,15 +232,21 @@ class WorkerProcess:
         self._timeline.after(seconds, self._finish, epoch, command, result)
 
     def _prepare(self, event: Preparing) -> None:
-        """Another thread does it: the answer comes after a while, whatever the step loop does."""
-        answer = self._worker.prepare(event.prepare)
-        if answer is not None:
-            self._timeline.after(self.hardware.load_seconds / 8, self._reply, event.epoch, answer)
+        """Another thread does it, whatever the step loop does: no row may name it until then."""
+        if event.prepare.release:
+            self._worker.prepare(event.prepare)
+        else:
+            seconds = self.hardware.load_seconds / 8
+            self._timeline.after(seconds, self._prepared, event, self._worker)
 
-    def _reply(self, epoch: int, answer: Prepared) -> None:
-        if not self._stands_still(self._reply, epoch, answer):
-            self._session.send(epoch, answer)
-            self._flush()
+    def _prepared(self, event: Preparing, worker: FakeWorker) -> None:
+        """worker: of the epoch that asked."""
+        if self._stands_still(self._prepared, event, worker):
+            return
+        answer = worker.prepare(event.prepare)
+        assert answer is not None
+        self._session.send(event.epoch, answer)
+        self._flush()
 
     def _step_seconds(self, command: StepCommand) -> float:
         slow = self.slowness if self._timeline.now < self.slow_until else 1.0

@@ -415,3 +415,26 @@ def test_a_group_serves_when_all_ranks_are_ready_and_is_lost_with_one(link: Link
 def test_a_place_in_a_group_is_taken_once(link: Link, hello: pb.Hello, reason: str) -> None:
     ScriptedWorker(link, make_hello("a", group="g", rank=0, world_size=2)).say_hello()
     assert reason in ScriptedWorker(link, hello).say_hello().goodbye.reason
+
+
+def test_what_is_prepared_is_ready_when_every_rank_has_it_and_an_answer_counts_once(
+    link: Link,
+) -> None:
+    """A command that names it goes to all of them."""
+    hellos = [make_hello(f"w{rank}", group="g", rank=rank, world_size=2) for rank in range(2)]
+    first, second = [ScriptedWorker(link, hello).join() for hello in hellos]
+    (group,) = link.workers.groups
+    link.events.take()
+    for number in (1, 2):
+        group.prepare(pb.Prepare(id=number, grammar=pb.Grammar(source="a")))
+    first.send(prepared=pb.Prepared(id=1))
+    first.send(prepared=pb.Prepared(id=1))
+    assert link.events.take() == []
+    second.send(prepared=pb.Prepared(id=1))
+    assert link.events.take() == [("prepared", "g", "1")]
+    second.send(prepared=pb.Prepared(id=1, error="late"))
+    second.send(prepared=pb.Prepared(id=9, error="nobody asked"))
+    assert link.events.take() == []
+    second.send(prepared=pb.Prepared(id=2, error="no"))
+    first.send(prepared=pb.Prepared(id=2))
+    assert link.events.take() == [("prepared", "g", "2 no")]
