@@ -12,11 +12,18 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-from mili.internal.v1.step_pb2 import TASK_EMBED, TASK_GENERATE, TASK_SCORE, Sampling, StepResult
+from mili.internal.v1.step_pb2 import (
+    GRAMMAR_KIND_REGEX,
+    TASK_EMBED,
+    TASK_GENERATE,
+    TASK_SCORE,
+    Sampling,
+    StepResult,
+)
 from mili.router.errors import Reason
 from mili.router.kv_cache import CacheSettings
 from mili.router.outcome import Finish, FinishReason
-from mili.router.params import GenerationParams, Scheduling
+from mili.router.params import Constraint, GenerationParams, Scheduling
 from mili.router.readings import Readings
 from mili.router.request import Forced
 from tests.fake_worker import (
@@ -35,6 +42,8 @@ from tests.fake_worker import (
 LETTERS = "ab$"
 # What follows when a budget is spent.
 FORCED = Forced((1, 0, 0))
+# Those that every worker has ready, by number: how long their runs are.
+GRAMMARS = (1, 2, 3)
 
 
 class FakeText:
@@ -191,6 +200,7 @@ class Simulation:
         )
         self.scheduler = self.core.Scheduler(self.limits, cache=cache)
         self.worker = FakeWorker(self.num_blocks, self.block_size, self.model)
+        self.worker.grammars.update((length, str(length)) for length in GRAMMARS)
         self.results: deque[StepResult] = deque()
 
     def run(self) -> Counter[str]:
@@ -240,12 +250,13 @@ class Simulation:
             scheduling=Scheduling(
                 tenant=self.random.choice("abc"), priority=self.random.choice((0, 0, 1))
             ),
+            constraint=self._constraint(),
             cache_read=self.random.random() < 0.95,
             cache_write=self.random.random() < 0.95,
             **self._wanted_readings(min(len(prompt), self.context_limit - 1)),
         )
         if params.task != TASK_GENERATE:
-            params = replace(params, max_tokens=1, min_tokens=0)
+            params = replace(params, max_tokens=1, min_tokens=0, constraint=None)
         if params.num_logprobs is not None:
             # Nothing is read of a token that is put in: the API refuses the two together.
             params = replace(params, max_reasoning_tokens=None)
@@ -257,10 +268,19 @@ class Simulation:
             text=text,
             arrival=self.totals["requests"],
         )
+        if params.constraint:
+            request.grammar = int(params.constraint.source)
+            self.totals["held"] += 1
         self.live[request.request_id] = request
         self.heard[request.request_id] = Heard()
         self.scheduler.add(request)
         return True
+
+    def _constraint(self) -> Constraint | None:
+        """Runs of equal tokens: every worker has those ready."""
+        if self.random.random() < 0.7:
+            return None
+        return Constraint(GRAMMAR_KIND_REGEX, str(self.random.choice(GRAMMARS)))
 
     def _wanted_readings(self, num_prompt_tokens: int) -> dict[str, Any]:
         """Which log-probabilities are asked for, and whether only the model is read."""
