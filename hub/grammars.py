@@ -81,8 +81,9 @@ class GrammarCompiler:
         """Return a matcher at its beginning, whose first mask is known to allow something.
 
         after_breaks: up to two line breaks may come before what fits, as models write them behind
-        their reasoning; what is wrong without them is wrong with them. A copy of the matcher, deep_copy(), costs microseconds. Raises
-        GrammarError. Leaves the GIL to others for most of the time.
+        their reasoning; what is wrong without them is wrong with them. A copy of the matcher,
+        deep_copy(), costs microseconds. Raises GrammarError. Leaves the GIL to others for most of
+        the time.
         """
         grammar = _to_llguidance(kind, source)
         matcher = self._begin(grammar)
