@@ -73,6 +73,7 @@ async def test_outputs_of_random_schemas_parse_and_validate(api: Api) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # 190 s with two cores to itself
 async def test_500_random_schemas_on_the_demo_model(tmp_path: Path) -> None:
     patient = {"MILI_MAX_QUEUE_TIME": "100"}
     with serving(pull("smollm2-135m"), tmp_path / "log", **patient) as served:
