@@ -50,7 +50,7 @@ async def api(served: Served) -> AsyncIterator[Api]:
 
 async def generate(api: Api, structured: pb.StructuredOutput, **fields: object) -> str:
     """The text of an output that the grammar ended."""
-    response = await api.Generate(request(structured, **fields), timeout=100)  # type: ignore[arg-type]
+    response = await api.Generate(request(structured, **fields), timeout=300)  # type: ignore[arg-type]
     sequence = response.sequences[0]
     assert sequence.finish_reason == EOS, (sequence, structured)
     return sequence.text
@@ -75,7 +75,7 @@ async def test_outputs_of_random_schemas_parse_and_validate(api: Api) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # 190 s with two cores to itself
 async def test_500_random_schemas_on_the_demo_model(tmp_path: Path) -> None:
-    patient = {"MILI_MAX_QUEUE_TIME": "100"}
+    patient = {"MILI_MAX_QUEUE_TIME": "300"}
     with serving(pull("smollm2-135m"), tmp_path / "log", **patient) as served:
         async with grpc.aio.insecure_channel(served.address) as channel:
             for first in range(0, 500, 50):
