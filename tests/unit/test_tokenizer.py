@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models
+from tokenizers import decoders, models, processors
 
 from mili.router.tokenizer import Tokenizer
 from tests.tokenizer_folders import (
@@ -27,14 +27,21 @@ KINDS = dict(every_kind())
 UNUSED_IDS = 7  # ids of the model that have no token, as in Qwen3
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module")
+def tokenizers_by_kind(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+    by_kind = {}
+    for kind, backend in KINDS.items():
+        vocab_size = backend.get_vocab_size() + UNUSED_IDS
+        folder = model_folder(tmp_path_factory.mktemp("model"), backend, vocab_size=vocab_size)
+        by_kind[kind] = Tokenizer(folder)
+    return by_kind
+
+
+@pytest.fixture(params=KINDS)
 def tokenizer(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tokenizers_by_kind: dict[str, Tokenizer]
 ) -> Tokenizer:
-    backend = KINDS[request.param]
-    vocab_size = backend.get_vocab_size() + UNUSED_IDS
-    folder = model_folder(tmp_path_factory.mktemp("model"), backend, vocab_size=vocab_size)
-    return Tokenizer(folder)
+    return tokenizers_by_kind[request.param]
 
 
 @pytest.fixture
@@ -171,6 +178,32 @@ def test_offsets_are_bytes_of_the_text(bytewise: Tokenizer, text: str) -> None:
         assert data[start:end].decode()  # whole characters
         covered |= {*range(start, end)}
     assert covered == {*range(len(data))}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=st.text("aéñ世😀 \n", max_size=20), special=st.booleans())
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_offsets_are_those_of_the_library(
+    tokenizers_by_kind: dict[str, Tokenizer], kind: str, text: str, special: bool
+) -> None:
+    """Whether they come from the tokens' bytes or, behind a normalizer, from its alignment."""
+    encoding = KINDS[kind].encode(text, add_special_tokens=special)
+    at_byte = [len(text[:index].encode()) for index in range(len(text) + 1)]
+    [result] = tokenizers_by_kind[kind].encode_with_offsets([text], add_special_tokens=special)
+    assert list(result.ids) == encoding.ids
+    covering = [index for index in range(len(encoding.ids)) if encoding.token_to_chars(index)]
+    assert [(result.start_bytes[i], result.end_bytes[i]) for i in covering] == [
+        (at_byte[start], at_byte[end]) for start, end in map(encoding.token_to_chars, covering)
+    ]
+
+
+def test_offsets_keep_the_spaces_that_a_post_processor_trims(tmp_path: Path) -> None:
+    backend = byte_level()
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    [plain] = Tokenizer(model_folder(tmp_path, backend)).encode_with_offsets(
+        ["a  wor"], add_special_tokens=True
+    )
+    assert plain.start_bytes[1:] == plain.end_bytes[:-1]
 
 
 def test_offsets_of_a_batch(bytewise: Tokenizer) -> None:
