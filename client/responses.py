@@ -102,7 +102,7 @@ def to_logprob(message: pb.TokenLogprob) -> TokenLogprob:
     return TokenLogprob(
         token_id=message.token_id,
         token=message.token,
-        logprob=message.logprob if message.HasField("logprob") else None,
+        logprob=message.logprob,
         rank=message.rank,
         top=tuple(map(to_logprob, message.top)),
     )

@@ -38,7 +38,7 @@ class Timing(NamedTuple):
 
 
 class TokenLogprob(NamedTuple):
-    """A token and its log-probability, None for the first of a prompt.
+    """A token and its log-probability.
 
     token: its bytes, which can be a part of a character; empty for a prompt's. rank: 1 is the
     likeliest. top: the likeliest tokens in its place.
@@ -46,7 +46,7 @@ class TokenLogprob(NamedTuple):
 
     token_id: int
     token: bytes
-    logprob: float | None
+    logprob: float
     rank: int
     top: tuple[TokenLogprob, ...] = ()
 
@@ -73,7 +73,7 @@ class Sequence(NamedTuple):
 class Generation(NamedTuple):
     """A finished generation. What is read from it directly is its first sequence's.
 
-    prompt_logprobs: of the prompt's positions, in order, as far as they were computed.
+    prompt_logprobs: of the prompt's tokens, in order: the first has none.
     response_model: the pydantic model that was asked for as response_format.
     """
 

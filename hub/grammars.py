@@ -13,7 +13,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -65,8 +65,11 @@ class GrammarCompiler:
         if not eos_token_ids:
             raise ValueError("the model names no token that ends its output")
         try:
+            plain = LLTokenizer(str(tokenizer), n_vocab=vocab_size, eos_token=list(eos_token_ids))
             self._tokenizer = LLTokenizer(
-                str(tokenizer), n_vocab=vocab_size, eos_token=list(eos_token_ids)
+                TokenizerWrapper(_LiteralTokens(plain, eos_token_ids[0])),
+                n_vocab=vocab_size,
+                eos_token=list(eos_token_ids),
             )
         except Exception as error:  # the library raises nothing narrower
             cause = str(error).partition("\n")[0][:_MAX_CAUSE]
@@ -97,6 +100,36 @@ class GrammarCompiler:
         if matcher.is_stopped() and not matcher.is_accepting():
             raise GrammarError(_DEAD_END, too_complex=False)
         return matcher
+
+
+class _LiteralTokens:
+    """A tokenizer as llguidance reads it from a file, but that text never becomes a control token.
+
+    The library asks which tokens a text has that the grammar forces. A tokenizer.json would have
+    the literal "</think>" be the control token of that name, which the grammar then refuses: only
+    </think> without quotes means that.
+    """
+
+    bos_token_id = None
+
+    def __init__(self, plain: LLTokenizer, eos_token_id: int) -> None:
+        ids = range(plain.vocab_size)
+        self._plain = plain
+        self.eos_token_id = eos_token_id
+        # The byte 0xFF, with which the library marks control tokens, is one by itself.
+        self.tokens = [plain.decode_bytes([token_id]) or b"\xff" for token_id in ids]
+        self.special_token_ids = [
+            token_id
+            for token_id in ids
+            if plain.is_special_token(token_id) and self.tokens[token_id] != b"\xff"
+        ]
+        self._special = frozenset(self.special_token_ids)
+
+    def __call__(self, text: bytes) -> list[int]:
+        token_ids = self._plain.tokenize_bytes(text)
+        if self._special.isdisjoint(token_ids):
+            return token_ids
+        return self._plain.greedy_tokenize(text.decode(errors="replace"))
 
 
 def _to_llguidance(kind: GrammarKind, source: str) -> str:

@@ -130,3 +130,11 @@ def write_tokenizer(path: Path, num_merges: int = 0) -> None:
         "clean_up_tokenization_spaces": False,
     }
     (path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2))
+
+
+def add_special_tokens(path: Path, tokens: list[str]) -> list[int]:
+    """Add tokens to a folder's tokenizer; return their ids, which follow those that it has."""
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.add_special_tokens(tokens)
+    tokenizer.save(str(path / "tokenizer.json"))
+    return [tokenizer.token_to_id(token) for token in tokens]

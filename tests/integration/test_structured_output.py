@@ -16,12 +16,11 @@ import pytest
 import pytest_asyncio
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
-from tokenizers import Tokenizer
 
 from mili.hub.pull import pull
 from mili.v1 import inference_pb2 as pb
 from mili.v1.inference_pb2_grpc import InferenceServiceStub
-from tests.model_folders import make_model_folder
+from tests.model_folders import add_special_tokens, make_model_folder
 from tests.serving import STEADY, Served, serving
 from tests.structured import random_schema, request
 
@@ -34,10 +33,7 @@ Api = InferenceServiceStub
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     path = tmp_path_factory.mktemp("structured")
     model = make_model_folder(path / "model", max_position_embeddings=4096)
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-    tokenizer.add_special_tokens(["<think>", "</think>"])
-    assert tokenizer.token_to_id("<think>") == THINK and tokenizer.token_to_id("</think>") == CLOSE
-    tokenizer.save(str(model / "tokenizer.json"))
+    assert add_special_tokens(model, ["<think>", "</think>"]) == [THINK, CLOSE]
     with serving(model, path / "log", **STEADY) as running:
         yield running
 

@@ -82,8 +82,6 @@ def test_log_probabilities() -> None:
     assert folded(piece(0, logprobs=logprobs), end(0)).generation.logprobs == (expected,)
     response = pb.GenerateResponse(sequences=[pb.GeneratedSequence(logprobs=logprobs)])
     assert from_response(response).logprobs == (expected,)
-    unset = pb.TokenLogprobs(tokens=[pb.TokenLogprob(token_id=1)])
-    assert folded(piece(0, logprobs=unset), end(0)).generation.logprobs[0].logprob is None
 
 
 def test_log_probabilities_of_the_prompt_come_in_pieces() -> None:
@@ -98,7 +96,7 @@ def test_log_probabilities_of_the_prompt_come_in_pieces() -> None:
             )
         )
 
-    result = folded(columns(0, [1, 2, 3, 4]), columns(2, [5, 6]), end(0)).generation
+    result = folded(columns(1, [1, 2, 3, 4]), columns(3, [5, 6]), end(0)).generation
     told = [(p.token_id, [other.token_id for other in p.top]) for p in result.prompt_logprobs]
     assert told == [(1, [2]), (3, [4]), (5, [6])]
 

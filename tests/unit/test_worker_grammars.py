@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import queue
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from tokenizers import pre_tokenizers
 from mili.hub.grammars import GrammarCompiler, GrammarKind
 from mili.internal.v1 import step_pb2 as pb
 from mili.worker.grammars import Grammars, RowGrammar
-from tests.model_folders import EOS_TOKEN_ID, write_tokenizer
+from tests.model_folders import EOS_TOKEN_ID, SPECIAL_TOKENS, write_tokenizer
 from tests.tokenizer_folders import model_folder
 
 VOCAB_SIZE = 320
@@ -129,6 +130,29 @@ def test_an_output_goes_on_where_it_was(grammars: Grammars) -> None:
     row = admit(grammars, [9, 8, *ids("aaa")], num_prompt_tokens=2)
     assert allowed(grammars, row) == set(ids("ac"))
     assert allowed(grammars, admit(grammars, [9, 8], num_prompt_tokens=2)) == set(ids("a"))
+
+
+def test_a_literal_that_reads_like_a_control_token_is_text(grammars: Grammars) -> None:
+    """On several cores too, where the library asks Python what tokens a text has."""
+    text = "a<|im_start|>b"
+    assert prepare(grammars, f'start: "{text}"', kind=pb.GRAMMAR_KIND_LARK) == ""
+    schema = json.dumps({"const": text})
+    assert prepare(grammars, schema, kind=pb.GRAMMAR_KIND_JSON_SCHEMA, number=2) == ""
+    plain, quoted = admit(grammars, [9]), admit(grammars, [9], number=2)
+    quoted.take(ids('"'))
+    for token_id in ids(text):
+        assert allowed_together(grammars, [plain, quoted]) == [{token_id}] * 2
+        for row in (plain, quoted):
+            row.take([token_id])
+    assert allowed_together(grammars, [plain, quoted]) == [{EOS_TOKEN_ID}, set(ids('"'))]
+
+
+def test_a_grammar_can_ask_for_a_control_token(grammars: Grammars) -> None:
+    assert prepare(grammars, 'start: <|im_start|> "b"', kind=pb.GRAMMAR_KIND_LARK) == ""
+    row = admit(grammars, [9])
+    assert allowed(grammars, row) == {SPECIAL_TOKENS.index("<|im_start|>") + 256}
+    row.take([SPECIAL_TOKENS.index("<|im_start|>") + 256])
+    assert allowed(grammars, row) == set(ids("b"))
 
 
 def test_rows_of_one_grammar_do_not_disturb_each_other(grammars: Grammars) -> None:
