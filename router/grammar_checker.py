@@ -26,6 +26,7 @@ _REASONS = {
     Verdict.INVALID: Reason.GRAMMAR_INVALID,
     Verdict.TOO_COMPLEX: Reason.GRAMMAR_TOO_COMPLEX,
     Verdict.UNUSABLE: Reason.UNSUPPORTED_FIELD,
+    Verdict.UNDECIDED: Reason.QUEUE_FULL,
 }
 
 Answer = tuple[Verdict, str]
@@ -131,7 +132,8 @@ class GrammarChecker:
                 self._unusable = answer
             return
         key = self._asked.pop(number)
-        self._verdicts[key] = answer
+        if answer[0] is not Verdict.UNDECIDED:
+            self._verdicts[key] = answer
         if len(self._verdicts) > MAX_VERDICTS:
             self._verdicts.popitem(last=False)
         # Nobody waits for it where an earlier process was lost while this was on its way to it.

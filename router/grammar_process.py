@@ -26,10 +26,11 @@ from mili.hub.grammars import GrammarCompiler, GrammarError, GrammarKind
 QUESTION, ANSWER = Struct("<IB?I"), Struct("<IBI")
 CPU_SECONDS = 1
 MEMORY_BYTES = 256 * 1024 * 1024
-# However busy the machine is.
+# By then a machine that is not overloaded has found the second of CPU.
 WALL_SECONDS = 20
 MAX_TRIALS = 2  # at a time
 TOO_LONG = f"it takes more than {CPU_SECONDS} s to prepare"
+NO_TIME = f"the machine is too busy to check it within {WALL_SECONDS} s"
 TOO_MUCH = f"it takes more than {MEMORY_BYTES >> 20} MiB to prepare"
 
 
@@ -38,6 +39,7 @@ class Verdict(IntEnum):
     INVALID = 1
     TOO_COMPLEX = 2
     UNUSABLE = 3  # no grammar works with this model
+    UNDECIDED = 4  # the machine did not find the time
 
 
 class Trials:
@@ -95,12 +97,12 @@ class Trials:
         if said:
             answer(number, Verdict(said[0]), said[1:].decode())
             return
-        timed_out = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (
-            signal.SIGXCPU,
-            signal.SIGALRM,
-            signal.SIGKILL,
-        )
-        answer(number, Verdict.TOO_COMPLEX, TOO_LONG if timed_out else TOO_MUCH)
+        ended_by = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+        if ended_by == signal.SIGALRM:
+            answer(number, Verdict.UNDECIDED, NO_TIME)
+        else:
+            timed_out = ended_by in (signal.SIGXCPU, signal.SIGKILL)
+            answer(number, Verdict.TOO_COMPLEX, TOO_LONG if timed_out else TOO_MUCH)
 
 
 def answer(number: int, verdict: Verdict, message: str) -> None:

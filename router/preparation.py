@@ -75,6 +75,8 @@ class Preparation:
             refused = (known for known, number in self._numbers.items() if number == prepared.id)
             for constraint in list(refused):
                 del self._numbers[constraint]
+            # Ranks that did not refuse it have it ready.
+            self._group.prepare(Prepare(id=prepared.id, release=True))
         for request, since in waiting.values():
             request.grammar_seconds += now - since
             if prepared.error:

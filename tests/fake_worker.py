@@ -136,6 +136,7 @@ class FakeWorker:
         self.kv: list[int | None] = [None] * (num_blocks * block_size)
         self.rows: dict[int, FakeRow] = {}
         self.grammars: dict[int, str] = {}
+        self.refused: set[int] = set()
         self.step = 0
         self.computed_tokens = 0
 
@@ -166,10 +167,13 @@ class FakeWorker:
     def prepare(self, prepare: Prepare) -> Prepared | None:
         """Have a grammar ready at once, or release it; it refuses runs of 13."""
         if prepare.release:
-            del self.grammars[prepare.id]
+            if prepare.id not in self.refused:
+                del self.grammars[prepare.id]
+            self.refused.discard(prepare.id)
             return None
         assert prepare.id not in self.grammars, "a grammar's number is used twice"
         if prepare.grammar.source == "13":
+            self.refused.add(prepare.id)
             return Prepared(id=prepare.id, error="no luck")
         self.grammars[prepare.id] = prepare.grammar.source
         return Prepared(id=prepare.id)

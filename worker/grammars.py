@@ -117,7 +117,8 @@ class Grammars:
     def prepare(self, prepare: Prepare, reply: Reply) -> None:
         """Make a grammar ready, on a thread of its own that then replies; or release one."""
         if prepare.release:
-            self._ready.pop(prepare.id, None)
+            # Behind its preparation, if that is still under way.
+            self._thread.submit(self._ready.pop, prepare.id, None)
         elif not prepare.HasField("grammar"):
             reply(Prepared(id=prepare.id, error="this worker has no adapters"))
         else:

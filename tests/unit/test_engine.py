@@ -506,6 +506,7 @@ def test_a_refused_grammar_fails_those_who_wait_for_it_and_is_asked_for_again() 
         error = harness.finished(name).finish.error
         assert error is not None and error.reason == Reason.GRAMMAR_INVALID
         assert error.field == "generation.structured_output" and "no luck" in error.message
+    assert not harness.groups[0].worker.refused  # a rank that has it ready would forget it
     harness.engine.submit("c", params(LONG, grammar="13"))
     assert len(harness.groups[0].prepared) == 1
     harness.finish()

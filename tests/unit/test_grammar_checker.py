@@ -132,6 +132,27 @@ def test_what_takes_too_much_memory_is_too_complex(folder: ModelFolder) -> None:
     assert verdict is Verdict.TOO_COMPLEX and "MiB" in message
 
 
+def test_what_the_machine_had_no_time_for_is_undecided(folder: ModelFolder) -> None:
+    """The trial uses no CPU, as where others have it all."""
+    patch = (
+        "import time\n"
+        "process.GrammarCompiler.compile = lambda *_, **__: time.sleep(60)\n"
+        "process.WALL_SECONDS = 1"
+    )
+    verdict, message = answer_of(patch, folder, b"a", after_breaks=False)
+    assert verdict is Verdict.UNDECIDED and "too busy" in message
+
+
+async def test_what_is_undecided_is_asked_again(checker: GrammarChecker) -> None:
+    take = checker._take
+    checker._take = lambda number, answer: take(  # type: ignore[method-assign]
+        number, (Verdict.UNDECIDED, "busy") if number else answer
+    )
+    assert (await refused(checker, regex("a"))).reason == Reason.QUEUE_FULL
+    del checker._take
+    await checker.check(regex("a"), FIELD)
+
+
 @pytest.mark.parametrize("after_breaks", [False, True])
 def test_what_is_tried_is_what_the_worker_prepares(folder: ModelFolder, after_breaks: bool) -> None:
     """With the line breaks that may come before an answer, where they may."""

@@ -231,6 +231,7 @@ def test_what_is_wrong_is_said_and_what_is_released_is_gone(grammars: Grammars) 
     prepare(grammars, "a")
     row = admit(grammars, [9])
     grammars.prepare(pb.Prepare(id=1, release=True), lambda reply: pytest.fail("nobody waits"))
+    prepare(grammars, "b", number=2)  # behind it
     with pytest.raises(KeyError):
         admit(grammars, [9])
     assert allowed(grammars, row) == set(ids("a"))
