@@ -195,7 +195,9 @@ async def test_log_probabilities_of_completions(
     server: ScriptedServer, front: openai.AsyncOpenAI
 ) -> None:
     def token(text: bytes) -> pb.TokenLogprob:
-        return pb.TokenLogprob(token=text, logprob=-1.0, top=[pb.TokenLogprob(token=b"z")])
+        return pb.TokenLogprob(
+            token=text, logprob=-1.0, top=[pb.TokenLogprob(token=b"z", logprob=-2.0)]
+        )
 
     def piece(*texts: bytes) -> pb.StreamEvent:
         tokens = pb.TokenLogprobs(tokens=map(token, texts))
@@ -207,7 +209,7 @@ async def test_log_probabilities_of_completions(
     found = [c.choices[0].logprobs async for c in stream]
     assert [told.text_offset for told in found if told] == [[0, 2], [3]]
     assert found[0] is not None
-    assert (found[0].tokens, found[0].top_logprobs) == (["He", "l"], [{"z": None}, {"z": None}])
+    assert (found[0].tokens, found[0].top_logprobs) == (["He", "l"], [{"z": -2.0}, {"z": -2.0}])
     assert asked(server).output.top_logprobs == 1
 
 
