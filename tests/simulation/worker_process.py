@@ -233,20 +233,16 @@ class WorkerProcess:
 
     def _prepare(self, event: Preparing) -> None:
         """Another thread does it, whatever the step loop does: no row may name it until then."""
-        if event.prepare.release:
-            self._worker.prepare(event.prepare)
-        else:
-            seconds = self.hardware.load_seconds / 8
-            self._timeline.after(seconds, self._prepared, event, self._worker)
+        seconds = self.hardware.load_seconds / 8
+        self._timeline.after(seconds, self._prepared, event, self._worker)
 
     def _prepared(self, event: Preparing, worker: FakeWorker) -> None:
         """worker: of the epoch that asked."""
         if self._stands_still(self._prepared, event, worker):
             return
-        answer = worker.prepare(event.prepare)
-        assert answer is not None
-        self._session.send(event.epoch, answer)
-        self._flush()
+        if answer := worker.prepare(event.prepare):
+            self._session.send(event.epoch, answer)
+            self._flush()
 
     def _step_seconds(self, command: StepCommand) -> float:
         slow = self.slowness if self._timeline.now < self.slow_until else 1.0
