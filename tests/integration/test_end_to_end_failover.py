@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import jsonschema
 import psutil
 import pytest
 from grpc.aio import insecure_channel
 
 from mili.client import AsyncClient, Unavailable
 from mili.client.requests import build_generation
+from mili.client.results import Generation
 from mili.v1 import inference_pb2 as pb
 from mili.v1.inference_pb2_grpc import InferenceServiceStub
 from tests.model_folders import make_model_folder
@@ -113,6 +116,42 @@ async def test_a_caller_that_comes_back_after_its_worker_died_misses_nothing(
     assert tuple(token_ids) == undisturbed[0].token_ids
     (notice,) = [event.recovery for event in events if event.HasField("recovery")]
     assert (notice.reason, notice.recomputed_tokens > 0) == ("WORKER_LOST", True)
+    await until_quiet(served.admin)
+
+
+async def test_outputs_of_a_killed_worker_go_on_within_their_schemas(served: Served) -> None:
+    """Behind what was generated, in the middle of a string, as if nothing had been."""
+    person = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "pattern": "^[a-z ]{80,90}$"}},
+        "required": ["name"],
+        "additionalProperties": False,
+    }
+    schema = {"type": "array", "minItems": 4, "maxItems": 4, "items": person}
+
+    async def run(client: AsyncClient, disturb: Callable[[], None]) -> list[Generation]:
+        streams = [
+            client.stream("people", response_format=schema, temperature=1.0, seed=seed)
+            for seed in range(8)
+        ]
+        begun = [aiter(stream) for stream in streams]
+        for pieces in begun:
+            for _ in range(20):
+                await anext(pieces)
+        disturb()
+        for pieces in begun:
+            async for _ in pieces:
+                pass
+        return [stream.generation for stream in streams]
+
+    async with AsyncClient(served.address) as client:
+        alone = await run(client, lambda: None)
+        (worker,) = served.children("worker")
+        killed = await run(client, worker.kill)
+    assert [each.text for each in killed] == [each.text for each in alone]
+    assert sum(each.timing.recoveries for each in killed) > 4, "too late: few were disturbed"
+    for each in killed:
+        jsonschema.validate(json.loads(each.text), schema)
     await until_quiet(served.admin)
 
 
